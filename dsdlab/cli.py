@@ -1,0 +1,184 @@
+"""The command line: options in, one clear line out when something is wrong. No logic lives here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from dsdlab import __version__
+
+DEFAULT_TARGET = "smollm2-135m-instruct"
+DEFAULT_DRAFTER = "lookup+smollm2-drafter"
+
+
+class UserError(click.ClickException):
+    """Something the user can mend: one line on standard error, exit code 2."""
+
+    exit_code = 2
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"dsdlab: error: {' '.join(self.format_message().split())}", err=True)
+
+
+def _user_errors() -> tuple[type[Exception], ...]:
+    """The exceptions that mean bad input or a missing part, wherever they are raised."""
+    from dsdlab.models.base import ModelError
+    from dsdlab.nodes import GenerationFailed
+    from dsdlab.policies import PolicyError
+    from dsdlab.protocol import ChannelClosed, ConnectFailed, ListenFailed, ProtocolError, Refused
+    from dsdlab.scenario import ScenarioError
+    from dsdlab.sweep.store import StoreError
+    from testbed.control import NodeDied, NodeError
+    from testbed.links.base import LinkError
+
+    return (
+        ModelError,
+        GenerationFailed,
+        PolicyError,
+        ChannelClosed,
+        ConnectFailed,
+        ListenFailed,
+        ProtocolError,
+        Refused,
+        ScenarioError,
+        StoreError,
+        NodeDied,
+        NodeError,
+        LinkError,
+    )
+
+
+def guarded(action: Callable[[], Any]) -> Any:
+    """Run `action`; what the user can mend becomes one line and exit code 2, Ctrl-C exit code 130."""
+    try:
+        return action()
+    except click.ClickException:
+        raise
+    except KeyboardInterrupt:
+        click.echo("dsdlab: interrupted", err=True)
+        sys.exit(130)
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        raise UserError(f"{where}{e.strerror or e}") from None
+    except Exception as e:
+        if isinstance(e, _user_errors()):
+            raise UserError(str(e)) from None
+        raise
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="dsdlab")
+def main() -> None:
+    """A laboratory for distributed speculative decoding."""
+
+
+# node ---------------------------------------------------------------------------------------------
+
+
+@main.group()
+def node() -> None:
+    """Run one node by hand, or under the testbed's control."""
+
+
+def _node_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Target model."),
+        click.option("--drafter", default=DEFAULT_DRAFTER, show_default=True, help="Drafter; 'none' for none."),
+        click.option("--precision", default="bf16", show_default=True, help="bf16, fp32 or int8."),
+        click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
+        click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default: the cores."),
+        click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Sessions."),
+        click.option(
+            "--max-context", type=click.IntRange(16, 1 << 20), default=2048, show_default=True,
+            help="Positions per session.",
+        ),
+        click.option("--token-file", type=click.Path(path_type=Path), help="Shared token; or $DSDLAB_TOKEN."),
+        click.option("--control", type=click.Choice(["none", "stdio"]), default="none", hidden=True),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _options(kw: dict[str, Any]) -> Any:
+    from dsdlab.node_process import NodeOptions
+
+    token = os.environ.get("DSDLAB_TOKEN", "")
+    if (path := kw["token_file"]) is not None:
+        token = read_text(path).strip()
+        if not token:
+            raise UserError(f"token file {path} is empty")
+    return NodeOptions(
+        target=kw["target"],
+        drafter=None if kw["drafter"] == "none" else kw["drafter"],
+        precision=kw["precision"],
+        device=kw["device"],
+        threads=kw["threads"],
+        slots=kw["slots"],
+        max_context=kw["max_context"],
+        token=token,
+    )
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; anything else is the user's to mend."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise UserError(f"{path} is not UTF-8: byte {e.start} is 0x{e.object[e.start]:02x}") from None
+    except OSError as e:
+        raise UserError(f"{path}: {e.strerror}") from None
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s"
+    )
+
+
+@node.command("verifier")
+@_node_options
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8765, show_default=True, help="0: any free.")
+def node_verifier(host: str, port: int, **kw: Any) -> None:
+    """Hold the target model and serve sessions."""
+    from dsdlab.node_process import run, run_verifier
+
+    _log_to_stderr()
+    guarded(lambda: run(run_verifier(_options(kw), host, port, kw["control"] == "stdio")))
+
+
+@node.command("drafter")
+@_node_options
+@click.option("--connect", "url", required=True, metavar="URL", help="The verifier: ws://HOST:PORT/")
+@click.option("--edge-target", is_flag=True, help="Also load the target here (mode edge-sd).")
+@click.option("--prompt", help="Generate once from this text, then end.")
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="The same, from a UTF-8 file.")
+@click.option("--mode", default="dsd-sync", show_default=True)
+@click.option("--gamma", type=click.IntRange(0, 256), default=4, show_default=True, help="Window.")
+@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def node_drafter(url: str, edge_target: bool, prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
+    """Draft at the edge; with a prompt, generate once and print the text."""
+    from dsdlab.node_process import run, run_drafter
+
+    if kw["control"] == "stdio":
+        _log_to_stderr()
+        guarded(lambda: run(run_drafter(_options(kw), url, True, edge_target)))
+        return
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("a prompt is needed: --prompt TEXT or --prompt-file FILE, one of them")
+    text = prompt if prompt_file is None else read_text(prompt_file)
+    from dsdlab.generate import stream_to_terminal
+
+    guarded(lambda: run(stream_to_terminal(_options(kw), url, text or "", edge_target, kw)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Lossless speculation as pure functions of arrays: warping, shared noise, verification, limits."""
+
+from dsdlab.decoding.limits import FINISH_EOS, FINISH_LENGTH, apply_limits
+from dsdlab.decoding.noise import gumbel
+from dsdlab.decoding.pick import pick
+from dsdlab.decoding.rejection import SparseQ, residual, sample_rejection, sparsify
+from dsdlab.decoding.sampling import Sampling
+from dsdlab.decoding.verify import accepted_length, verify
+from dsdlab.decoding.warp import log_softmax, warp
+
+__all__ = [
+    "FINISH_EOS",
+    "FINISH_LENGTH",
+    "Sampling",
+    "SparseQ",
+    "accepted_length",
+    "apply_limits",
+    "gumbel",
+    "log_softmax",
+    "pick",
+    "residual",
+    "sample_rejection",
+    "sparsify",
+    "verify",
+    "warp",
+]

@@ -1,0 +1,74 @@
+"""Compute: how a node awaits its engine. One thread in the product, the virtual clock in a simulation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What one piece of work cost: seconds waiting for the engine, seconds in it."""
+
+    queue_s: float
+    compute_s: float
+
+
+class Compute(Protocol):
+    """Runs work that touches an engine: one piece at a time, first come first served."""
+
+    async def run(self, work: Callable[[], T]) -> tuple[T, Timing]:
+        """The work's result and its cost; exceptions pass through."""
+
+
+class ThreadCompute:
+    """One worker thread, so that the event loop never blocks. Close it when done."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
+
+    async def run(self, work: Callable[[], T]) -> tuple[T, Timing]:
+        asked = time.perf_counter()
+
+        def timed() -> tuple[T, Timing]:
+            begun = time.perf_counter()
+            result = work()
+            return result, Timing(begun - asked, time.perf_counter() - begun)
+
+        return await asyncio.get_running_loop().run_in_executor(self._pool, timed)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class VirtualCompute:
+    """Work runs at once and its emulated cost passes on the event loop's own clock.
+
+    Give `spend` to an EmulatedEngine as its `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+        self._spent_s = 0.0
+
+    def spend(self, duration_s: float) -> None:
+        """Note time that the work now running takes."""
+        self._spent_s += duration_s
+
+    async def run(self, work: Callable[[], T]) -> tuple[T, Timing]:
+        loop = asyncio.get_running_loop()
+        asked = loop.time()
+        async with self._lock:
+            begun = loop.time()
+            self._spent_s = 0.0
+            result = work()
+            spent_s = self._spent_s
+            if spent_s > 0.0:
+                await asyncio.sleep(spent_s)
+        return result, Timing(begun - asked, spent_s)

@@ -1,0 +1,188 @@
+"""Drafters: what proposes a window. A model, prompt lookup, or lookup first and a model otherwise."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from itertools import count
+
+from dsdlab.decoding import Sampling
+from dsdlab.models.base import Chunk, Engine, ModelError
+from dsdlab.models.loading import EngineOptions, load_engine
+from dsdlab.models.zoo import DRAFTERS
+
+LOOKUP = "prompt-lookup"
+LOOKUP_FIRST = "lookup+"
+
+
+class Drafter(ABC):
+    """Proposes continuations of a session's committed text."""
+
+    name: str
+    tokenizer: str  # fingerprint; "" fits any
+
+    @abstractmethod
+    def open(self) -> int:
+        """Start a session. Raises NoFreeSlot."""
+
+    @abstractmethod
+    def close(self, slot: int) -> None:
+        """End a session; closing twice is harmless."""
+
+    @abstractmethod
+    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+        """At most n tokens to follow `ids`, the session's whole text so far (prompt and committed).
+
+        What an earlier call proposed and `ids` does not confirm is forgotten here.
+        Fewer than n tokens (even none) mean that the drafter has no better idea.
+        """
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the longest common prefix, by slices: microseconds for thousands of tokens."""
+    low, high = 0, min(len(a), len(b))
+    if a[:high] == b[:high]:
+        return high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if a[low:middle] == b[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+class ModelDrafter(Drafter):
+    """A model drafts one token after the other, choosing as the target would."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name = engine.info.model_id
+        self.tokenizer = engine.info.tokenizer
+        self._held: dict[int, list[int]] = {}  # ids whose keys and values the engine holds
+
+    def open(self) -> int:
+        slot = self.engine.open()
+        self._held[slot] = []
+        return slot
+
+    def close(self, slot: int) -> None:
+        self._held.pop(slot, None)
+        self.engine.close(slot)
+
+    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+        n = min(n, self.engine.info.max_context - len(ids))
+        if n <= 0:
+            return []
+        held = self._held[slot]
+        # the last token is always computed again if need be: its logits are wanted
+        keep = min(common_prefix(held, ids), len(ids) - 1)
+        self.engine.rollback(slot, keep)
+        feed = list(ids[keep:])
+        del held[keep:]
+        out: list[int] = []
+        while len(out) < n:
+            token = self.engine.choose([Chunk(slot, feed, 1)], [sampling])[0][0]
+            held += feed
+            out.append(token)
+            feed = [token]
+        return out
+
+
+class PromptLookup(Drafter):
+    """The continuation of the latest earlier occurrence of the last n tokens, longest n first.
+
+    Source: Saxena, "Prompt lookup decoding" (2023). Costs no model; pays where a text repeats itself.
+    """
+
+    name = LOOKUP
+    tokenizer = ""
+
+    def __init__(self, longest: int = 3, shortest: int = 1) -> None:
+        self._lengths = range(longest, shortest - 1, -1)
+        self._slots = count()
+        self._index: dict[int, dict[tuple[int, ...], int]] = {}
+        self._seen: dict[int, int] = {}
+
+    def open(self) -> int:
+        slot = next(self._slots)
+        self._index[slot], self._seen[slot] = {}, 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        self._index.pop(slot, None)
+        self._seen.pop(slot, None)
+
+    def find(self, slot: int, ids: Sequence[int], tail: Sequence[int]) -> int:
+        """Where in `ids` the text after ids + tail would go on by analogy; len(ids) if nowhere."""
+        index = self._index[slot]
+        # an n-gram is indexed once something follows it; later occurrences replace earlier ones
+        for end in range(self._seen[slot] + 1, len(ids)):
+            for n in self._lengths:
+                if n <= end:
+                    index[tuple(ids[end - n : end])] = end
+        self._seen[slot] = max(self._seen[slot], len(ids) - 1)
+        longest = self._lengths[0]
+        recent = (*ids[-longest:], *tail)[-longest:]
+        for n in self._lengths:
+            if n <= len(recent) and (at := index.get(recent[-n:])) is not None:
+                return at
+        return len(ids)
+
+    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:  # noqa: ARG002 - lookup is blind to sampling
+        at = self.find(slot, ids, ())
+        return list(ids[at : at + n])
+
+
+class LookupFirst(Drafter):
+    """Prompt lookup where two or three tokens repeat, a model for every other position."""
+
+    def __init__(self, model: ModelDrafter) -> None:
+        self.name = LOOKUP_FIRST + model.name
+        self.tokenizer = model.tokenizer
+        self._model = model
+        self._lookup = PromptLookup(longest=3, shortest=2)
+        self._slots: dict[int, int] = {}
+
+    def open(self) -> int:
+        slot = self._model.open()
+        self._slots[slot] = self._lookup.open()
+        return slot
+
+    def close(self, slot: int) -> None:
+        if slot in self._slots:
+            self._lookup.close(self._slots.pop(slot))
+        self._model.close(slot)
+
+    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+        out: list[int] = []
+        while len(out) < n:
+            at = self._lookup.find(self._slots[slot], ids, out)
+            if at < len(ids):
+                out.append(ids[at])
+                continue
+            more = self._model.propose(slot, [*ids, *out], 1, sampling)
+            if not more:
+                break
+            out += more
+        return out
+
+
+def load_drafter(name: str, options: EngineOptions) -> Drafter:
+    """A drafter by name: prompt-lookup, lookup+MODEL, or any model name. Raises ModelError.
+
+    A distilled drafter is stored in int8 and always runs in it; another model runs in
+    `options.precision`.
+    """
+    if name == LOOKUP:
+        return PromptLookup()
+    if name.startswith(LOOKUP_FIRST):
+        model = load_drafter(name.removeprefix(LOOKUP_FIRST), options)
+        if not isinstance(model, ModelDrafter):
+            raise ModelError(f"drafter {name!r}: after {LOOKUP_FIRST} a model's name is needed")
+        return LookupFirst(model)
+    if name in DRAFTERS or name.endswith(".safetensors"):
+        options = EngineOptions(
+            precision="int8", device=options.device, slots=options.slots, max_context=options.max_context
+        )
+    return ModelDrafter(load_engine(name, options))

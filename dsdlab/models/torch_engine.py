@@ -1,0 +1,283 @@
+"""The torch engine: Llama-family models with static KV slots and row-invariant arithmetic.
+
+Exactness. A row's logits must not depend on how many rows are computed with it, or a near-tie would
+flip a token and the output would depend on the window. So every kernel here runs in a shape regime in
+which a row's bits are independent of the other rows: linears on at least `min_rows` rows (the one-row
+path of a BLAS rounds differently), attention with a fixed count of query rows per block over the
+padded cache, everything else elementwise or row-wise. `dsdlab.models.selftest` proves it on the
+processor at hand. docs/exactness.md has the measurements behind the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
+from dsdlab.models.weights_io import LlamaWeights, Matrix
+
+PRECISIONS = ("bf16", "fp32", "int8")
+QUERY_BLOCK = 4  # attention query rows per block, CPU
+KV_BLOCK = 64  # the visible cache grows in steps of this many positions
+FP32_BLOCK = 8  # rows of every forward in fp32 on CPU
+CUDA_BLOCK = 16  # rows of every forward on CUDA: one shape, one kernel choice
+PREFILL_ROWS = 256  # longest forward; longer chunks are split
+
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _linear(matrix: Matrix, precision: str, device: torch.device) -> Linear:
+    """x [rows, in] → [rows, out] for one weight, in the engine's precision."""
+    if precision == "int8" and device.type == "cpu":
+        if matrix.scale is None:
+            w = matrix.weight.to(torch.float32)
+            scale = (w.abs().amax(dim=1) / 127.0).clamp_min(1e-12).to(torch.bfloat16)
+            weight = (w / scale.to(torch.float32)[:, None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            weight, scale = matrix.weight.contiguous(), matrix.scale.to(torch.bfloat16)
+        return lambda x: torch._weight_int8pack_mm(x, weight, scale)
+    dense = matrix.dense(torch.float32 if precision == "fp32" else torch.bfloat16).to(device)
+    return lambda x: F.linear(x, dense)
+
+
+class _Layer:
+    """The kernels of one transformer layer."""
+
+    def __init__(self, weights: LlamaWeights, i: int, precision: str, device: torch.device) -> None:
+        w = weights.layers[i]
+        dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+        self.attn_norm = w.attn_norm.to(device, dtype)
+        self.mlp_norm = w.mlp_norm.to(device, dtype)
+        self.qkv = _linear(w.qkv, precision, device)
+        self.o = _linear(w.o, precision, device)
+        self.gate_up = _linear(w.gate_up, precision, device)
+        self.down = _linear(w.down, precision, device)
+
+
+class TorchEngine(Engine):
+    """A Llama-family model on CPU or CUDA.
+
+    slots: sessions it can hold; max_context: positions per session (at most the model's).
+    exact=False takes the plain one-row path: the baseline that exactness is priced against.
+    """
+
+    def __init__(
+        self,
+        weights: LlamaWeights,
+        info: ModelInfo,
+        *,
+        slots: int = 8,
+        device: str = "cpu",
+        exact: bool = True,
+    ) -> None:
+        if info.precision not in PRECISIONS:
+            raise ModelError(f"precision is {info.precision!r}; allowed: {', '.join(PRECISIONS)}")
+        self.info = info
+        self.output_ids = None if weights.head_ids is None else weights.head_ids.numpy().astype(np.int64)
+        self._shape = shape = weights.shape
+        self._device = torch.device(device)
+        self._dtype = torch.float32 if info.precision == "fp32" else torch.bfloat16
+        on_cuda = self._device.type == "cuda"
+        if not exact:
+            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 1
+        elif on_cuda:
+            self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
+        elif info.precision == "fp32":  # several threads split fp32 products by their number of rows
+            self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
+        else:
+            self._min_rows = {"bf16": 2, "int8": 1}[info.precision]
+            self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
+
+        with torch.inference_mode():
+            embed = weights.embed.dense(self._dtype).to(self._device)
+            self._embed = (
+                embed if weights.embed_map is None else embed[weights.embed_map.to(self._device).long()]
+            )
+            self._embed_proj = (
+                None
+                if weights.embed_proj is None
+                else _linear(weights.embed_proj, info.precision, self._device)
+            )
+            self._layers = [_Layer(weights, i, info.precision, self._device) for i in range(shape.num_layers)]
+            self._norm = weights.norm.to(self._device, self._dtype)
+            self._head = _linear(weights.head, info.precision, self._device)
+            self._cos, self._sin = self._rotary_tables(info.max_context)
+        self._slots = slots
+        self._free = list(range(slots))[::-1]
+        self._length: dict[int, int] = {}
+        self._kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _rotary_tables(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and signed sin, [n, 1, head_dim]; the sign makes rotate_half a plain roll."""
+        half = self._shape.head_dim // 2
+        exponents = torch.arange(half, dtype=torch.float32) / half
+        angles = torch.arange(n, dtype=torch.float32)[:, None] / self._shape.rope_theta**exponents
+        cos = torch.cat([angles.cos(), angles.cos()], dim=1)
+        sin = torch.cat([-angles.sin(), angles.sin()], dim=1)
+        return (
+            cos[:, None].to(self._device, self._dtype),
+            sin[:, None].to(self._device, self._dtype),
+        )
+
+    # sessions ------------------------------------------------------------------------------------
+
+    def open(self) -> int:
+        if not self._free:
+            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
+        slot = self._free.pop()
+        self._length[slot] = 0
+        if slot not in self._kv:
+            s = self._shape
+            size = (s.num_layers, 2, s.num_kv_heads, self.info.max_context, s.head_dim)
+            # zeros, not empty: masked positions meet probability 0, and 0 · NaN is NaN
+            cache = torch.zeros(size, dtype=self._dtype, device=self._device)
+            self._kv[slot] = [(cache[i, 0], cache[i, 1]) for i in range(s.num_layers)]
+        return slot
+
+    def close(self, slot: int) -> None:
+        if self._length.pop(slot, None) is not None:
+            self._free.append(slot)
+
+    def length(self, slot: int) -> int:
+        return self._length[slot]
+
+    def rollback(self, slot: int, length: int) -> None:
+        if not 0 <= length <= self._length[slot]:
+            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
+        self._length[slot] = length
+
+    # compute -------------------------------------------------------------------------------------
+
+    def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:
+        for c in chunks:
+            if self._length[c.slot] + len(c.ids) > self.info.max_context:
+                raise ContextFull(
+                    f"{self._length[c.slot] + len(c.ids)} positions; {self.info.model_id} is loaded for "
+                    f"{self.info.max_context}"
+                )
+        wanted: list[list[torch.Tensor]] = [[] for _ in chunks]
+        with torch.inference_mode():
+            for part in self._parts(chunks):
+                logits = self._forward([(c, ids, rows) for c, ids, rows, _ in part])
+                for (_, _, _, index), block in zip(part, logits, strict=True):
+                    if block.shape[0]:
+                        wanted[index].append(block)
+        width = self._embed.shape[0] if self.output_ids is None else len(self.output_ids)
+        empty = np.zeros((0, width), dtype=np.float32)
+        return [np.concatenate([b.numpy() for b in blocks]) if blocks else empty for blocks in wanted]
+
+    def _parts(self, chunks: Sequence[Chunk]) -> list[list[tuple[int, list[int], int, int]]]:
+        """Split ragged chunks into forwards of at most `_max_rows` rows: (slot, ids, rows, chunk index)."""
+        parts: list[list[tuple[int, list[int], int, int]]] = [[]]
+        used = 0
+        for index, c in enumerate(chunks):
+            start, n = 0, len(c.ids)
+            while start < n:
+                if used == self._max_rows:
+                    parts.append([])
+                    used = 0
+                take = min(n - start, self._max_rows - used)
+                end = start + take
+                rows = max(0, end - max(start, n - c.rows))
+                parts[-1].append((c.slot, list(c.ids[start:end]), rows, index))
+                used += take
+                start = end
+        return parts if parts[0] else []
+
+    def _forward(self, part: list[tuple[int, list[int], int]]) -> list[torch.Tensor]:
+        """One forward over ragged rows; logits [rows, n_out] in float32 on the host, per entry."""
+        shape, device = self._shape, self._device
+        ids: list[int] = []
+        positions: list[int] = []
+        for slot, chunk_ids, _ in part:
+            start = self._length[slot]
+            ids += chunk_ids
+            positions += range(start, start + len(chunk_ids))
+        n = len(ids)
+        pad = max(0, self._min_rows - n)
+        index = torch.tensor([ids + [0] * pad, positions + [0] * pad], device=device)
+        cos, sin = self._cos[index[1]], self._sin[index[1]]  # [R, 1, head_dim]
+        x = F.embedding(index[0], self._embed)  # [R, e]
+        if self._embed_proj is not None:
+            x = self._embed_proj(x)  # [R, d]
+        plans = self._attention_plans(part)
+        heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
+        d, eps = (shape.hidden_size,), shape.rms_norm_eps
+        out = x.new_zeros(n + pad, heads * head_dim)  # padding rows stay 0
+        for i, layer in enumerate(self._layers):
+            qkv = layer.qkv(F.rms_norm(x, d, layer.attn_norm, eps)).view(-1, heads + 2 * kv_heads, head_dim)
+            qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+            qk = torch.addcmul(qk * cos, qk.roll(head_dim // 2, dims=-1), sin)  # rotary
+            for slot, row, count, start, visible, mask in plans:
+                k_cache, v_cache = self._kv[slot][i]  # [kv_heads, context, head_dim]
+                rows = slice(row, row + count)
+                k_cache[:, start : start + count] = qk[rows, heads:].transpose(0, 1)
+                v_cache[:, start : start + count] = v[rows].transpose(0, 1)
+                out[rows] = self._attend(qk[rows, :heads], k_cache[:, :visible], v_cache[:, :visible], mask)
+            x = x + layer.o(out)
+            gate, up = layer.gate_up(F.rms_norm(x, d, layer.mlp_norm, eps)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
+        for slot, chunk_ids, _ in part:
+            self._length[slot] += len(chunk_ids)
+        return self._logits(x, part)
+
+    def _attention_plans(
+        self, part: list[tuple[int, list[int], int]]
+    ) -> list[tuple[int, int, int, int, int, torch.Tensor]]:
+        """Per entry: slot, first row, rows, first position, visible cache, additive mask of its blocks.
+
+        The mask is [blocks, 1, group · query_block, visible]: 0 where a query may look, -inf elsewhere.
+        """
+        plans = []
+        row = 0
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        for slot, ids, _ in part:
+            start, count = self._length[slot], len(ids)
+            visible = min(-(-(start + count) // KV_BLOCK) * KV_BLOCK, self.info.max_context)
+            blocks = -(-count // self._query_block)
+            last = torch.arange(blocks * self._query_block, device=self._device).clamp_(max=count - 1) + start
+            look = torch.arange(visible, device=self._device) <= last[:, None]
+            mask = torch.zeros(look.shape, dtype=self._dtype, device=self._device)
+            mask.masked_fill_(~look, float("-inf"))
+            mask = mask.view(blocks, 1, 1, self._query_block, visible)
+            mask = mask.expand(-1, -1, group, -1, -1).reshape(blocks, 1, -1, visible)
+            plans.append((slot, row, count, start, visible, mask))
+            row += count
+        return plans
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """q [rows, heads, head_dim] over k, v [kv_heads, visible, head_dim] → [rows, heads · head_dim].
+
+        The query heads that share a key head are folded into query rows, so the cache is never copied.
+        """
+        count, heads, head_dim = q.shape
+        kv_heads, block = k.shape[0], self._query_block
+        group, blocks = heads // kv_heads, mask.shape[0]
+        if blocks * block != count:
+            q = F.pad(q, (0, 0, 0, 0, 0, blocks * block - count))
+        # [blocks, block, kv_heads, group, hd] → [blocks, kv_heads, group · block, hd]
+        q = q.view(blocks, block, kv_heads, group, head_dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(blocks, kv_heads, group * block, head_dim)
+        o = F.scaled_dot_product_attention(
+            q, k.expand(blocks, -1, -1, -1), v.expand(blocks, -1, -1, -1), attn_mask=mask
+        )
+        o = o.view(blocks, kv_heads, group, block, head_dim).permute(0, 3, 1, 2, 4)
+        return o.reshape(blocks * block, heads * head_dim)[:count]
+
+    def _logits(self, x: torch.Tensor, part: list[tuple[int, list[int], int]]) -> list[torch.Tensor]:
+        """Final norm and head for the wanted rows only: per entry [rows, n_out], float32, host."""
+        wanted: list[int] = []
+        row = 0
+        for _, ids, rows in part:
+            row += len(ids)
+            wanted += range(row - rows, row)
+        if not wanted:
+            return [x.new_zeros(0) for _ in part]
+        pad = max(0, self._min_rows - len(wanted))
+        chosen = x[torch.tensor(wanted + wanted[:1] * pad, device=self._device)]
+        chosen = F.rms_norm(chosen, (self._shape.hidden_size,), self._norm, self._shape.rms_norm_eps)
+        logits = self._head(chosen)[: len(wanted)].float().cpu()
+        return list(logits.split([rows for _, _, rows in part]))

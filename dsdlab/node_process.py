@@ -1,0 +1,256 @@
+"""A node as a process: engines, sockets and the control lines around the coroutines of `dsdlab.nodes`.
+
+With control "stdio" a node reads JSON lines on standard input and answers on standard output; that is
+how the testbed drives it, whatever runtime it lives in. Its log goes to standard error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import msgspec
+
+from dsdlab.decoding import Sampling
+from dsdlab.models.base import Engine, ModelError
+from dsdlab.models.compute import ThreadCompute
+from dsdlab.models.drafters import Drafter, load_drafter
+from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
+from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest, VerifierNode
+from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError, Refused, connect, serve
+
+log = logging.getLogger("dsdlab.node")
+
+Control = Callable[[dict[str, Any]], Awaitable[dict[str, Any] | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeOptions:
+    """What both kinds of node are started with."""
+
+    target: str
+    drafter: str | None
+    precision: str
+    device: str
+    threads: int | None  # None: as many as cores this process may use
+    slots: int
+    max_context: int
+    token: str
+
+    def engine_options(self) -> EngineOptions:
+        return EngineOptions(
+            precision=self.precision, device=self.device, slots=self.slots, max_context=self.max_context
+        )
+
+
+def run(main: Coroutine[Any, Any, None]) -> None:
+    """Run a node's main coroutine under uvloop where there is one."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(main)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:
+        return None
+
+    class PreciseLoop(uvloop.Loop):
+        """uvloop whose clock is not rounded to the millisecond of its last iteration."""
+
+        def time(self) -> float:
+            return time.monotonic()
+
+    return PreciseLoop
+
+
+def set_threads(threads: int | None) -> None:
+    """Give torch its threads: the cores that this process may run on, unless told."""
+    import torch
+
+    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+
+
+def _load(options: NodeOptions, with_target: bool) -> tuple[Engine | None, Drafter | None]:
+    names = [options.target if with_target else "", options.drafter or ""]
+    if any(n and not n.startswith("emulated:") for n in names):
+        set_threads(options.threads)
+    target = load_engine(options.target, options.engine_options()) if with_target else None
+    drafter = load_drafter(options.drafter, options.engine_options()) if options.drafter else None
+    tokenizer = target.info.tokenizer if target else ""
+    if drafter is not None and drafter.tokenizer and tokenizer and drafter.tokenizer != tokenizer:
+        raise ModelError(
+            f"drafter {drafter.name} has tokenizer {drafter.tokenizer}, target {options.target} has "
+            f"{tokenizer}; a pair must share one"
+        )
+    return target, drafter
+
+
+async def run_verifier(options: NodeOptions, host: str, port: int, control: bool) -> None:
+    """Serve until told to stop. Raises ModelError or ListenFailed before anything is listening."""
+    target, drafter = await asyncio.to_thread(_load, options, True)
+    if target is None:
+        raise ModelError("a verifier needs a target model")
+    compute = ThreadCompute()
+    node = VerifierNode(target, compute, drafter=drafter, token=options.token)
+    try:
+        async with serve(node.serve, host, port) as bound:
+            info = {"target": asdict(target.info), "drafter": drafter.name if drafter else None}
+            log.info("listening on ws://%s:%d/ with %s", host, bound, target.info.model_id)
+
+            async def answer(message: dict[str, Any]) -> dict[str, Any] | None:
+                return {"op": "error", "code": "op", "message": f"unknown op {message.get('op')!r}"}
+
+            await _live(control, {"op": "ready", "port": bound, "info": info}, answer)
+            await node.close()
+    finally:
+        compute.close()
+
+
+async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target: bool) -> None:
+    """A drafter node under control. Raises ModelError or ConnectFailed."""
+    async with drafter_node(options, url, edge_target=edge_target) as (node, drafter):
+        welcome = (await _connected(node)).welcome
+        info = {
+            "drafter": drafter.name if drafter else None,
+            "target": welcome.target if welcome else options.target,
+        }
+
+        async def answer(message: dict[str, Any]) -> dict[str, Any] | None:
+            return await _answer(node, message)
+
+        await _live(control, {"op": "ready", "info": info}, answer)
+
+
+async def _connected(node: DrafterNode) -> DrafterNode:
+    await node.connect()
+    return node
+
+
+@contextlib.asynccontextmanager
+async def drafter_node(
+    options: NodeOptions, url: str, *, edge_target: bool = False, patience_s: float = 60.0
+) -> AsyncIterator[tuple[DrafterNode, Drafter | None]]:
+    """A drafter node dialling `url`, with its engines loaded; closed at the end of the block.
+
+    edge_target: also load the target here, for `edge-sd`.
+    """
+    target, drafter = await asyncio.to_thread(_load, options, edge_target)
+    tokenizer = drafter.tokenizer if drafter else ""
+    if not tokenizer and (loaded := await asyncio.to_thread(load_tokenizer, options.target)):
+        tokenizer = loaded.fingerprint
+    compute = ThreadCompute()
+    node = DrafterNode(
+        lambda: connect(url),
+        compute,
+        drafter=drafter,
+        target=target,
+        target_name=options.target if not options.target.startswith("emulated:") else "",
+        tokenizer=tokenizer,
+        token=options.token,
+        patience_s=patience_s,
+    )
+    try:
+        yield node, drafter
+    finally:
+        await node.disconnect()
+        compute.close()
+
+
+async def _answer(node: DrafterNode, message: dict[str, Any]) -> dict[str, Any]:
+    """One control message to its answer; what goes wrong becomes an error line, never a crash."""
+    reply: dict[str, Any] = {"id": message.get("id")}
+    try:
+        async with asyncio.timeout(message.get("timeout_s")):
+            match message.get("op"):
+                case "ping":
+                    rtt_s = await node.ping(int(message.get("n", 8)))
+                    return reply | {"op": "pong", "rtt_ms": [1e3 * t for t in rtt_s]}
+                case "reconnect":
+                    await node.disconnect()
+                    await node.connect()
+                    return reply | {"op": "reconnected"}
+                case "generate":
+                    record = await node.generate(request_from(message))
+                    return reply | {"op": "result", "record": msgspec.to_builtins(record)}
+                case op:
+                    return reply | {"op": "error", "code": "op", "message": f"unknown op {op!r}"}
+    except TimeoutError:
+        await node.disconnect()
+        limit = message.get("timeout_s")
+        return reply | {"op": "error", "code": "timeout", "message": f"not finished within {limit} s"}
+    except (GenerationFailed, Refused, ProtocolError) as e:
+        return reply | {"op": "error", "code": e.code, "message": str(e)}
+    except (ConnectFailed, ChannelClosed) as e:
+        await node.disconnect()
+        return reply | {"op": "error", "code": "connection", "message": str(e)}
+    except (ModelError, ValueError, TypeError, KeyError) as e:
+        return reply | {"op": "error", "code": "request", "message": f"{type(e).__name__}: {e}"}
+
+
+def request_from(message: dict[str, Any]) -> GenerationRequest:
+    """A generation request from its control message. Raises ValueError, TypeError or KeyError."""
+    return GenerationRequest(
+        prompt_ids=[int(i) for i in message["prompt_ids"]],
+        mode=message["mode"],
+        policy=message.get("policy", "static"),
+        gamma=int(message.get("gamma", 0)),
+        sampling=Sampling(**message.get("sampling", {})),
+        max_new_tokens=int(message["max_new_tokens"]),
+        stop_at_eos=bool(message.get("stop_at_eos", True)),
+    )
+
+
+async def _live(control: bool, ready: dict[str, Any], answer: Control) -> None:
+    """Announce readiness; then answer control lines until stop or end of input, or wait for a signal."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    waiting = asyncio.create_task(stop.wait())
+    try:
+        if not control:
+            await waiting
+            return
+        _print_line(ready)
+        reader = asyncio.StreamReader(limit=1 << 24)
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+        while not stop.is_set():
+            line = asyncio.create_task(reader.readline())
+            await asyncio.wait({line, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            if not line.done():
+                line.cancel()
+                return
+            if not line.result():
+                return
+            try:
+                message = json.loads(line.result())
+                known = isinstance(message, dict)
+            except ValueError:
+                known = False
+            if not known:
+                _print_line({"op": "error", "code": "control", "message": "not a JSON object"})
+                continue
+            if message.get("op") == "stop":
+                return
+            reply = await answer(message)
+            if reply is not None:
+                _print_line(reply)
+    finally:
+        waiting.cancel()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _print_line(message: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(message, separators=(",", ":")) + "\n")
+    sys.stdout.flush()

@@ -1,0 +1,97 @@
+"""One step of the target: judge a window (an empty one decodes a single token)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from dsdlab.decoding import Sampling, verify
+from dsdlab.models.base import Chunk, Engine, NoFreeSlot
+from dsdlab.models.compute import Compute, Timing
+from dsdlab.models.drafters import Drafter
+from dsdlab.nodes.text import Text
+
+
+@asynccontextmanager
+async def slot_of(compute: Compute, owner: Engine | Drafter) -> AsyncIterator[int]:
+    """A slot of an engine or drafter for the length of a block, given back even under cancellation.
+
+    Raises NoFreeSlot.
+    """
+    opening = asyncio.ensure_future(compute.run(owner.open))
+    try:
+        slot, _ = await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        with suppress(NoFreeSlot):
+            late, _ = await opening
+            await compute.run(lambda: owner.close(late))
+        raise
+    try:
+        yield slot
+    finally:
+        await asyncio.shield(asyncio.ensure_future(compute.run(lambda: owner.close(slot))))
+
+
+def judge(
+    engine: Engine, slot: int, ids: Sequence[int], draft: Sequence[int], sampling: Sampling
+) -> tuple[int, int]:
+    """(accepted, next id) for `draft` after the session's text `ids`; runs in the compute thread.
+
+    INVARIANT V1: afterwards the slot holds exactly ids + draft[:accepted], without the next id, whose
+    keys and values the next step computes. Before the first step the slot is empty and this prefills.
+    """
+    pending = [*ids[engine.length(slot) :], *draft]
+    picks = engine.choose([Chunk(slot, pending, len(draft) + 1)], [sampling])[0]
+    accepted, next_id = verify(draft, picks)
+    engine.rollback(slot, len(ids) + accepted)
+    return accepted, next_id
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of `decode` committed, and what it cost."""
+
+    base: int  # absolute position of ids[0]
+    ids: list[int]
+    drafted: int
+    accepted: int
+    t_draft_s: float
+    timing: Timing
+
+
+async def decode(
+    text: Text, engine: Engine, slot: int, compute: Compute, gamma: int, drafter: Drafter | None
+) -> AsyncGenerator[Step]:
+    """Decode to the end on one node: alone (`gamma` 0), or with a drafter beside the target.
+
+    The first step prefills and decides one token, so that the time to first token does not wait for
+    a draft. Used by `cloud-ar`, `cloud-sd` and `edge-sd`.
+    """
+    async with AsyncExitStack() as stack:
+        draft_slot = -1
+        if drafter is not None and gamma > 0:
+            draft_slot = await stack.enter_async_context(slot_of(compute, drafter))
+        first = True
+        while text.finish is None:
+            draft: list[int] = []
+            t_draft_s = 0.0
+            want = 0 if first else min(gamma, text.room - 1)
+            if drafter is not None and want > 0:
+                draft, t_draft_s = await propose(compute, drafter, draft_slot, text, want)
+            (accepted, next_id), timing = await compute.run(
+                lambda: judge(engine, slot, text.ids, draft, text.sampling)  # noqa: B023 - awaited at once
+            )
+            base = len(text)
+            kept = text.append([*draft[:accepted], next_id])
+            first = False
+            yield Step(base, kept, len(draft), accepted, t_draft_s, timing)
+
+
+async def propose(
+    compute: Compute, drafter: Drafter, slot: int, text: Text, n: int
+) -> tuple[list[int], float]:
+    """A window of at most n tokens and the seconds it took to draft."""
+    draft, timing = await compute.run(lambda: drafter.propose(slot, text.ids, n, text.sampling))
+    return draft, timing.compute_s

@@ -1,0 +1,348 @@
+"""The verifier: holds the target, serves sessions. A coroutine per session, one engine for all.
+
+INVARIANT V2: a session's tokens are a function of prompt, sampling and the target alone; frames that
+come late, twice or not at all change when tokens appear, never which.
+INVARIANT V3: engine slots are opened, used and closed in the compute's order, so a slot is never given
+away while work on it is under way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from contextlib import aclosing, suppress
+
+from dsdlab.decoding import Sampling
+from dsdlab.models.base import ContextFull, Engine, NoFreeSlot
+from dsdlab.models.compute import Compute
+from dsdlab.models.drafters import Drafter
+from dsdlab.nodes.step import decode, judge, slot_of
+from dsdlab.nodes.text import Text
+from dsdlab.protocol.channel import Channel
+from dsdlab.protocol.errors import ChannelClosed, ProtocolError
+from dsdlab.protocol.frames import (
+    AnyFrame,
+    Close,
+    Commit,
+    Draft,
+    Open,
+    Ping,
+    Pong,
+    Resume,
+    Verdict,
+    digest_ids,
+    microseconds,
+    pack_ids,
+    refusal,
+    unpack_ids,
+)
+from dsdlab.protocol.handshake import HandshakePolicy, new_node_id, server_handshake
+
+log = logging.getLogger("dsdlab.verifier")
+
+LINGER_S = 60.0
+BUSY_RETRY_MS = 250
+_REMEMBERED_CLOSES = 4096
+
+SessionKey = tuple[str, int]  # (client's node id, session)
+
+
+class _Session:
+    """One session's state, kept across connections."""
+
+    def __init__(self, key: SessionKey, opened: Open, text: Text, channel: Channel) -> None:
+        self.key = key
+        self.opened = opened
+        self.text = text
+        self.channel: Channel | None = channel
+        self.drafts: asyncio.Queue[Draft] = asyncio.Queue()
+        self.sending = asyncio.Lock()
+        self.task: asyncio.Task[None] | None = None
+        self.epoch = 0
+        self.stale_frames = 0
+
+    @property
+    def number(self) -> int:
+        return self.key[1]
+
+    async def send(self, frame: AnyFrame) -> None:
+        """Send if there is a connection; without one the client catches up when it resumes."""
+        async with self.sending:
+            if self.channel is None:
+                return
+            try:
+                await self.channel.send(frame)
+            except ChannelClosed:
+                self.channel = None
+
+    async def catch_up(self, channel: Channel, base: int) -> None:
+        """Send everything from `base` on over `channel`, ahead of whatever is decided next."""
+        async with self.sending:
+            self.channel = channel
+            await channel.send(self.commit_from(base))
+
+    def commit_from(self, base: int) -> Commit:
+        return Commit(self.number, base, pack_ids(self.text.ids[base:]), 0, 0, 0, 0)
+
+
+class VerifierNode:
+    """Serves any number of connections over one engine.
+
+    drafter: stands beside the target, for `cloud-sd`; without one that mode is refused.
+    token: shared secret; "" asks for none. linger_s: how long a session outlives its connection.
+    """
+
+    def __init__(
+        self,
+        target: Engine,
+        compute: Compute,
+        *,
+        drafter: Drafter | None = None,
+        token: str = "",
+        linger_s: float = LINGER_S,
+    ) -> None:
+        self._engine, self._compute, self._drafter = target, compute, drafter
+        self._linger_s = linger_s
+        info = target.info
+        self.modes = ("cloud-ar", "dsd-sync", *(("cloud-sd",) if drafter is not None else ()))
+        self._policy = HandshakePolicy(
+            node_id=new_node_id(),
+            target=info.model_id,
+            target_digest=info.digest,
+            tokenizer=info.tokenizer,
+            vocab_size=info.vocab_size,
+            max_context=info.max_context,
+            eos_ids=info.eos_ids,
+            modes=self.modes,
+            token=token,
+        )
+        self._sessions: dict[SessionKey, _Session] = {}
+        self._closed: OrderedDict[SessionKey, None] = OrderedDict()
+        self._reapers: set[asyncio.Task[None]] = set()
+
+    @property
+    def n_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def serve(self, channel: Channel) -> None:
+        """One connection from its Hello to its end. Raises ChannelClosed, Refused or ProtocolError."""
+        hello = await server_handshake(channel, self._policy)
+        log.info("peer=%s node=%s connected", channel.peer, hello.node_id)
+        try:
+            while True:
+                await self._on_frame(channel, hello.node_id, await channel.recv())
+        finally:
+            for session in self._sessions.values():
+                if session.channel is channel:
+                    session.channel = None
+                    self._reap_later(session)
+
+    async def close(self) -> None:
+        """End every session and give all slots back."""
+        for task in list(self._reapers):
+            task.cancel()
+        for session in list(self._sessions.values()):
+            await self._end(session)
+
+    async def _on_frame(self, channel: Channel, node_id: str, frame: AnyFrame) -> None:
+        match frame:
+            case Ping():
+                await channel.send(Pong(frame.nonce, asyncio.get_running_loop().time()))
+            case Open():
+                await self._on_open(channel, (node_id, frame.session), frame)
+            case Resume():
+                await self._on_resume(channel, (node_id, frame.session), frame)
+            case Draft():
+                await self._on_draft(channel, (node_id, frame.session), frame)
+            case Close():
+                key = (node_id, frame.session)
+                self._remember_close(key)
+                if session := self._sessions.get(key):
+                    await self._end(session)
+            case _:
+                name = type(frame).__name__
+                raise ProtocolError("bad-frame", f"{name} is no frame for a verifier")
+
+    # opening -------------------------------------------------------------------------------------
+
+    async def _on_open(self, channel: Channel, key: SessionKey, frame: Open) -> None:
+        known = self._sessions.get(key)
+        if key in self._closed:
+            return  # a late duplicate
+        if known is not None and known.opened == frame and known.channel is channel:
+            return
+        try:
+            text = self._checked_text(frame)
+        except ProtocolError as e:
+            await channel.send(refusal(e.code, str(e), session=key[1]))
+            return
+        if known is not None:
+            await self._end(known)
+        session = _Session(key, frame, text, channel)
+        self._sessions[key] = session
+        session.task = asyncio.create_task(self._run(session), name=f"session {key}")
+
+    def _checked_text(self, frame: Open) -> Text:
+        """The session's text, or ProtocolError with the reason for a refusal."""
+        info = self._engine.info
+        if frame.mode not in self.modes:
+            raise ProtocolError("mode", f"mode {frame.mode!r}; allowed here: {', '.join(self.modes)}")
+        prompt, committed = unpack_ids(frame.prompt), unpack_ids(frame.committed)
+        if not prompt:
+            raise ProtocolError("prompt", "the prompt is empty; allowed: at least one token")
+        if max(max(prompt), max(committed, default=0)) >= info.vocab_size:
+            raise ProtocolError("prompt", f"a token id is outside the vocabulary of {info.vocab_size}")
+        if frame.max_new_tokens < 1:
+            raise ProtocolError("sampling", f"max_new_tokens is {frame.max_new_tokens}; allowed: 1 or more")
+        total = len(prompt) + frame.max_new_tokens
+        if total > info.max_context:
+            raise ProtocolError(
+                "context",
+                f"{len(prompt)} prompt tokens and {frame.max_new_tokens} new ones are {total}; "
+                f"the target's context is {info.max_context}",
+            )
+        try:
+            sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
+        except ValueError as e:
+            raise ProtocolError("sampling", str(e)) from None
+        eos_ids = info.eos_ids if frame.stop_at_eos else ()
+        text = Text(prompt, committed, sampling, frame.max_new_tokens, eos_ids)
+        if text.finish is not None:
+            raise ProtocolError("prompt", "the committed tokens already end the generation")
+        return text
+
+    async def _on_resume(self, channel: Channel, key: SessionKey, frame: Resume) -> None:
+        session = self._sessions.get(key)
+        if session is None or frame.length < session.text.n_prompt or frame.length > len(session.text):
+            await channel.send(refusal("unknown-session", "not held here; open it again", session=key[1]))
+            return
+        if digest_ids(pack_ids(session.text.ids[: frame.length])) != frame.digest:
+            await channel.send(refusal("unknown-session", "held with other tokens", session=key[1]))
+            return
+        log.info("session=%s resumed at=%d of=%d", key, frame.length, len(session.text))
+        await session.catch_up(channel, frame.length)
+
+    async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft) -> None:
+        session = self._sessions.get(key)
+        if session is None or session.opened.mode != "dsd-sync":
+            if key not in self._closed:
+                await channel.send(refusal("unknown-session", "no session takes this draft", session=key[1]))
+            return
+        session.drafts.put_nowait(frame)
+
+    # running -------------------------------------------------------------------------------------
+
+    async def _run(self, session: _Session) -> None:
+        """A session from prefill to its end; whatever fails is told to the client."""
+        try:
+            async with slot_of(self._compute, self._engine) as slot:
+                await self._decode(session, slot)
+            return  # finished: the text stays for a late Resume until Close or the linger time
+        except NoFreeSlot as e:
+            reason = refusal("busy", str(e), session=session.number, retry_after_ms=BUSY_RETRY_MS)
+        except ContextFull as e:
+            reason = refusal("context", str(e), session=session.number)
+        except ProtocolError as e:
+            reason = refusal(e.code, str(e), session=session.number)
+        except Exception:
+            log.exception("session=%s failed", session.key)
+            reason = refusal("internal", "the verifier failed; its log says why", session=session.number)
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+        await session.send(reason)
+
+    async def _decode(self, session: _Session, slot: int) -> None:
+        text, mode = session.text, session.opened.mode
+        if mode == "dsd-sync":
+            await self._prefill(session, slot)
+            while text.finish is None:
+                await self._judge(session, slot, await session.drafts.get())
+            return
+        gamma = session.opened.gamma if mode == "cloud-sd" else 0
+        steps = decode(text, self._engine, slot, self._compute, gamma, self._drafter)
+        async with aclosing(steps):
+            async for step in steps:
+                await session.send(
+                    Commit(
+                        session.number,
+                        step.base,
+                        pack_ids(step.ids),
+                        step.drafted,
+                        step.accepted,
+                        microseconds(step.timing.queue_s),
+                        microseconds(step.timing.compute_s),
+                    )
+                )
+
+    async def _prefill(self, session: _Session, slot: int) -> None:
+        text = session.text
+        (_, next_id), timing = await self._compute.run(
+            lambda: judge(self._engine, slot, text.ids, (), text.sampling)
+        )
+        base = len(text)
+        kept = text.append([next_id])
+        queue_us, compute_us = microseconds(timing.queue_s), microseconds(timing.compute_s)
+        await session.send(Commit(session.number, base, pack_ids(kept), 0, 0, queue_us, compute_us))
+
+    async def _judge(self, session: _Session, slot: int, frame: Draft) -> None:
+        """Verify one window. A window behind the text is answered with what its sender lacks."""
+        text = session.text
+        if frame.epoch < session.epoch:
+            session.stale_frames += 1
+            return
+        session.epoch = frame.epoch
+        if frame.base < len(text):
+            session.stale_frames += 1
+            await session.send(session.commit_from(max(frame.base, text.n_prompt)))
+            return
+        draft = unpack_ids(frame.ids)
+        if frame.base > len(text):
+            raise ProtocolError(
+                "unknown-session", f"draft at position {frame.base}, but the text ends at {len(text)}"
+            )
+        if draft and max(draft) >= self._engine.info.vocab_size:
+            raise ProtocolError("bad-frame", "a drafted id is outside the vocabulary")
+        draft = draft[: text.room - 1]  # what lies behind the length limit needs no verdict
+        (accepted, next_id), timing = await self._compute.run(
+            lambda: judge(self._engine, slot, text.ids, draft, text.sampling)
+        )
+        text.append([*draft[:accepted], next_id])
+        await session.send(
+            Verdict(
+                session.number,
+                frame.epoch,
+                frame.base,
+                accepted,
+                next_id,
+                microseconds(timing.queue_s),
+                microseconds(timing.compute_s),
+            )
+        )
+
+    # ending --------------------------------------------------------------------------------------
+
+    async def _end(self, session: _Session) -> None:
+        self._sessions.pop(session.key, None)
+        if session.task is not None:
+            session.task.cancel()
+            with suppress(asyncio.CancelledError):
+                await session.task
+
+    def _remember_close(self, key: SessionKey) -> None:
+        self._closed[key] = None
+        while len(self._closed) > _REMEMBERED_CLOSES:
+            self._closed.popitem(last=False)
+
+    def _reap_later(self, session: _Session) -> None:
+        """Forget a session whose client does not come back."""
+
+        async def reap() -> None:
+            await asyncio.sleep(self._linger_s)
+            if session.channel is None and self._sessions.get(session.key) is session:
+                log.info("session=%s forgotten after %g s", session.key, self._linger_s)
+                await self._end(session)
+
+        task = asyncio.create_task(reap())
+        self._reapers.add(task)
+        task.add_done_callback(self._reapers.discard)
