@@ -22,7 +22,7 @@ class UserError(click.ClickException):
 
     exit_code = 2
 
-    def show(self, file: Any = None) -> None:
+    def show(self, file: Any = None) -> None:  # noqa: ARG002 - click names it
         click.echo(f"dsdlab: error: {' '.join(self.format_message().split())}", err=True)
 
 
@@ -36,6 +36,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from dsdlab.sweep.store import StoreError
     from testbed.control import NodeDied, NodeError
     from testbed.links.base import LinkError
+    from testbed.runtimes.base import RuntimeFailed
 
     return (
         ModelError,
@@ -51,6 +52,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         NodeDied,
         NodeError,
         LinkError,
+        RuntimeFailed,
     )
 
 
@@ -89,7 +91,7 @@ def node() -> None:
 def _node_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Target model."),
-        click.option("--drafter", default=DEFAULT_DRAFTER, show_default=True, help="Drafter; 'none' for none."),
+        click.option("--drafter", default=DEFAULT_DRAFTER, show_default=True, help="Drafter, or none."),
         click.option("--precision", default="bf16", show_default=True, help="bf16, fp32 or int8."),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default: the cores."),
@@ -164,7 +166,9 @@ def node_verifier(host: str, port: int, **kw: Any) -> None:
 @click.option("--max-new-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
-def node_drafter(url: str, edge_target: bool, prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
+def node_drafter(
+    url: str, edge_target: bool, prompt: str | None, prompt_file: Path | None, **kw: Any
+) -> None:
     """Draft at the edge; with a prompt, generate once and print the text."""
     from dsdlab.node_process import run, run_drafter
 
@@ -178,6 +182,131 @@ def node_drafter(url: str, edge_target: bool, prompt: str | None, prompt_file: P
     from dsdlab.generate import stream_to_terminal
 
     guarded(lambda: run(stream_to_terminal(_options(kw), url, text or "", edge_target, kw)))
+
+
+# sweep --------------------------------------------------------------------------------------------
+
+
+def _console(quiet: bool = False) -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=quiet)
+
+
+@main.command()
+@click.argument("scenario", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
+@click.option("--repeats", type=int, help="Instead of the scenario's run.repeats.")
+@click.option("--runtime", help="Instead of the scenario's run.runtime.")
+@click.option("--link", help="Instead of the scenario's run.link.")
+@click.option("--precision", help="Instead of the scenario's models.precision.")
+@click.option("--fresh", is_flag=True, help="Move earlier results of this scenario aside and start anew.")
+@click.option("--dry-run", is_flag=True, help="Print cells and a time estimate; run nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option("--allow-incomplete", is_flag=True, help="Exit 0 although generations failed.")
+def sweep(
+    scenario: Path,
+    out: Path,
+    repeats: int | None,
+    runtime: str | None,
+    link: str | None,
+    precision: str | None,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+    allow_incomplete: bool,
+) -> None:
+    """Run a scenario's grid and write an HTML report; what is already there is kept."""
+    import asyncio
+
+    from testbed import app
+
+    given = {"run.repeats": repeats, "run.runtime": runtime, "run.link": link, "models.precision": precision}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    console = _console()
+    if dry_run:
+        plan, _, jobs = guarded(lambda: app.plan_sweep(scenario, overrides, console))
+        app.show_plan(plan, jobs, app.results_folder(out, plan), console)
+        return
+    command = " ".join(["dsdlab", *sys.argv[1:]])
+    result = guarded(
+        lambda: asyncio.run(
+            app.sweep(scenario, overrides=overrides, out=out, fresh=fresh, command=command, console=console)
+        )
+    )
+    _print_result(result, as_json)
+    summary = result.summary
+    if summary.missing and not allow_incomplete:
+        click.echo(f"dsdlab: incomplete: {'; '.join(summary.missing[:4])}; run it again to retry", err=True)
+        sys.exit(1)
+    if summary.exact < summary.compared:
+        sys.exit(1)
+
+
+def _print_result(result: Any, as_json: bool) -> None:
+    import json
+
+    if as_json:
+        click.echo(json.dumps(result.as_json(), ensure_ascii=False))
+        return
+    click.echo(result.summary.verdict)
+    click.echo(result.summary.exact_line)
+    click.echo(f"report: {result.report}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def report(folder: Path, as_json: bool) -> None:
+    """Write the report of a results folder again."""
+    from testbed import app
+
+    _print_result(guarded(lambda: app.report(folder)), as_json)
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@click.option("--prompt-file", type=click.Path(path_type=Path), help="The prompt, from a UTF-8 file.")
+@click.option("--mode", default="dsd-sync", show_default=True)
+@click.option("--gamma", type=click.IntRange(0, 256), default=4, show_default=True, help="Window.")
+@click.option("--rtt-ms", type=float, default=0.0, show_default=True, help="Round trip of the modelled link.")
+@click.option("--rate-mbit", type=float, help="Rate of the modelled link; default: unlimited.")
+@click.option("--loss-pct", type=float, default=0.0, show_default=True)
+@click.option("--max-new-tokens", type=int, default=128, show_default=True)
+@click.option("--temperature", type=float, default=0.0, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@_node_options
+def run(prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
+    """One generation over a modelled link, streamed; accepted drafts are green."""
+    from dsdlab.node_process import run as run_loop
+    from dsdlab.sim.link import LinkProfile
+    from testbed import app
+
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("a prompt is needed: as an argument or --prompt-file FILE, one of them")
+    text = prompt if prompt_file is None else read_text(prompt_file)
+    if not (text or "").strip():
+        raise UserError("the prompt is empty; allowed: any text with at least one visible character")
+    try:
+        rate = kw["rate_mbit"]
+        profile = LinkProfile(
+            rtt_ms=kw["rtt_ms"], rate_up_mbit=rate, rate_down_mbit=rate, loss_pct=kw["loss_pct"]
+        )
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    guarded(lambda: run_loop(app.run_once(_options(kw), text or "", profile, kw)))
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+@click.option(
+    "--selftest/--no-selftest", default=True, help="Prove the engine's exactness on this processor."
+)
+def doctor(as_json: bool, selftest: bool) -> None:
+    """What this host can do, and how to get the rest."""
+    from testbed import doctor_report
+
+    sys.exit(guarded(lambda: doctor_report.show(as_json, selftest)))
 
 
 if __name__ == "__main__":

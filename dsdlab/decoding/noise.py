@@ -44,8 +44,11 @@ def counter_bits(seed: int, position: int, ids: UIntArray) -> UIntArray:
 
 
 def uniform_from_bits(bits: UIntArray) -> FloatArray:
-    """Uniform in the open interval (0, 1) from the upper 53 bits; float64 like `bits`."""
-    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+    """Uniform in the open interval (0, 1) from the upper 52 bits; float64 like `bits`.
+
+    With 53 bits the half would be rounded away in the upper half, and the last value would be 1.
+    """
+    return ((bits >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
 
 def gumbel_from_bits(bits: UIntArray) -> FloatArray:
@@ -56,4 +59,5 @@ def gumbel_from_bits(bits: UIntArray) -> FloatArray:
 
 def gumbel(seed: int, position: int, ids: npt.ArrayLike) -> FloatArray:
     """Gumbel noise G(seed, position, id) for each token id; float64, shape of `ids`."""
-    return gumbel_from_bits(counter_bits(seed, position, np.asarray(ids, dtype=np.uint64)))
+    tokens = np.asarray(ids, dtype=np.uint64)
+    return gumbel_from_bits(counter_bits(seed, position, tokens.ravel())).reshape(tokens.shape)

@@ -9,9 +9,10 @@ from dsdlab.decoding.noise import counter_bits, gumbel_from_bits
 from dsdlab.decoding.sampling import Sampling
 from dsdlab.decoding.warp import warp
 
-# A Gumbel variable passes _TAIL with probability 1 - exp(-exp(-_TAIL)) = 4.5e-5: its bits are then above.
+# A Gumbel variable passes _TAIL with probability 1 - exp(-exp(-_TAIL)) = 4.5e-5: its bits are then above
+# _TAIL_BITS, which lies a little low so that no rounding can hide one.
 _TAIL = 10.0
-_TAIL_BITS = np.uint64(int(np.exp(-np.exp(-_TAIL)) * 2.0**64))
+_TAIL_BITS = np.uint64(int(np.exp(-np.exp(1e-6 - _TAIL)) * 2.0**64))
 
 
 def pick(

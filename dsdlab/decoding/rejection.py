@@ -65,4 +65,5 @@ def sample_rejection(p: FloatArray, q: FloatArray, draft: int, u_accept: float, 
     if u_accept * q[draft] < p[draft]:
         return draft
     cdf = np.cumsum(residual(p, q))
-    return int(min(np.searchsorted(cdf, u_residual * cdf[-1], side="right"), len(cdf) - 1))
+    last = np.searchsorted(cdf, cdf[-1])  # the last id with mass, should the product round up to the total
+    return int(min(np.searchsorted(cdf, u_residual * cdf[-1], side="right"), last))

@@ -19,17 +19,19 @@ def log_softmax(z: npt.ArrayLike) -> FloatArray:
 
 
 def warp(logits: npt.ArrayLike, sampling: Sampling) -> FloatArray:
-    """Scores [V] of the warped distribution: logits / temperature with removed tokens at -inf.
+    """Scores [V] of the warped distribution: (logits - max) / temperature with removed tokens at -inf.
 
     Ties are kept or removed by token order, never by chance; the likeliest token always survives.
     Greedy sampling is the limit of temperature 0: only the first maximum survives.
     """
     z = np.asarray(logits, dtype=np.float64)
+    out: FloatArray
     if sampling.greedy:
         out = np.full_like(z, -np.inf)
         out[np.argmax(z)] = 0.0
         return out
-    z = z / sampling.temperature
+    with np.errstate(over="ignore"):  # the tiniest temperatures: all but the maxima go to -inf
+        z = (z - z.max()) / sampling.temperature
     if 0 < sampling.top_k < z.size:
         order = np.argsort(-z, kind="stable")
         z = z.copy()
@@ -42,4 +44,5 @@ def warp(logits: npt.ArrayLike, sampling: Sampling) -> FloatArray:
         drop[0] = False
         z = z.copy()
         z[order[drop]] = -np.inf
-    return z
+    out = z
+    return out

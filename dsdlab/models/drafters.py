@@ -60,6 +60,7 @@ class ModelDrafter(Drafter):
         self.name = engine.info.model_id
         self.tokenizer = engine.info.tokenizer
         self._held: dict[int, list[int]] = {}  # ids whose keys and values the engine holds
+        self._vocab_size = engine.info.vocab_size
 
     def open(self) -> int:
         slot = self.engine.open()
@@ -79,13 +80,16 @@ class ModelDrafter(Drafter):
         keep = min(common_prefix(held, ids), len(ids) - 1)
         self.engine.rollback(slot, keep)
         feed = list(ids[keep:])
+        known = feed
+        if max(feed) >= self._vocab_size:  # a target padded to a larger vocabulary: any stand-in will do
+            known = [i if i < self._vocab_size else 0 for i in feed]
         del held[keep:]
         out: list[int] = []
         while len(out) < n:
-            token = self.engine.choose([Chunk(slot, feed, 1)], [sampling])[0][0]
+            token = self.engine.choose([Chunk(slot, known, 1)], [sampling])[0][0]
             held += feed
             out.append(token)
-            feed = [token]
+            feed = known = [token]
         return out
 
 

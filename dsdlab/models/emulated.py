@@ -26,8 +26,8 @@ class EmulatedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     """Costs in seconds: one forward takes base_s + per_token_s · tokens + per_session_s · batch.
 
     alpha: probability, independent per position, that this model says the target's token (1 for a
-    target). accepts: a trace instead: entry i tells whether position i of the output agrees; past its
-    end it repeats. seed: of both processes. vocab_size: tokens are 1 … vocab_size - 1.
+    target). accepts: a trace instead: entry i tells whether absolute position i (the prompt's first token
+    is 0) agrees; past its end it repeats. seed: of both processes. vocab_size: tokens are 1 … vocab_size - 1.
     """
 
     base_s: float = 0.0

@@ -134,7 +134,10 @@ def load_llama_dir(folder: Path, digest: str) -> LlamaWeights:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as e:
         raise ModelError(f"{folder / 'config.json'} cannot be read: {e}") from None
-    shape = llama_shape(config, folder)
+    try:
+        shape = llama_shape(config, folder)
+    except KeyError as e:
+        raise ModelError(f"{folder / 'config.json'}: {e.args[0]} is missing") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(f"{folder} holds no *.safetensors file")
@@ -185,7 +188,16 @@ def load_drafter_file(path: Path) -> LlamaWeights:
         raise ModelError(
             f"{path} is format {header.get('dsdlab_format')!r}; this version reads {DRAFTER_FORMAT}"
         )
-    config = json.loads(header["config"])
+    try:
+        return _drafter_weights(path, json.loads(header["config"]))
+    except KeyError as e:
+        raise ModelError(f"{path}: {e.args[0]} is missing") from None
+    except ValueError as e:
+        raise ModelError(f"{path}: its config cannot be read: {e}") from None
+
+
+def _drafter_weights(path: Path, config: dict[str, Any]) -> LlamaWeights:
+    """Raises KeyError, ModelError."""
     t = _tensors([path])
 
     def matrix(name: str) -> Matrix:
@@ -194,7 +206,7 @@ def load_drafter_file(path: Path) -> LlamaWeights:
         return Matrix(t[f"{name}.weight"], t[f"{name}.scale"])
 
     shape = LlamaShape(
-        **{k: config[k] for k in LlamaShape.__dataclass_fields__}  # a missing key is a broken file
+        **{k: config[k] for k in LlamaShape.__dataclass_fields__}
     )
     embed = matrix("embed")
     head_ids = t.get("head.ids")

@@ -19,7 +19,7 @@ from dsdlab.models.drafters import Drafter
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.nodes.request import GenerationRequest
 from dsdlab.nodes.step import decode, propose, slot_of
-from dsdlab.nodes.text import Text
+from dsdlab.nodes.text import Gap, Text
 from dsdlab.policies import Outcome, load_window_policy
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed, ConnectFailed, ProtocolError
@@ -49,7 +49,9 @@ RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
 PATIENCE_S = 60.0
 MAX_REOPENED = 3
+MAX_GAPS = 3
 _MAX_SESSION = 0xFFFF
+MAX_VOCAB = 1 << 24
 
 Dial = Callable[[], Awaitable[Channel]]
 OnCommit = Callable[[list[int], int], None]
@@ -79,6 +81,7 @@ class _Generation:
         self.on_commit = on_commit
         self.opened = False
         self.reopened = 0
+        self.gaps = 0
         self.epoch = 0
 
     def since(self, t_s: float) -> float:
@@ -226,6 +229,15 @@ class DrafterNode:
                 run.record.reconnects += 1
                 run.epoch += 1
                 await self._reconnect()
+            except Gap as e:  # no ordered connection does this: ask again for what is missing
+                log.warning("session=%d has a gap: %s", run.session, e)
+                run.gaps += 1
+                if run.gaps > MAX_GAPS:
+                    await self.disconnect()
+                    raise ProtocolError("bad-frame", str(e)) from None
+                run.record.reconnects += 1
+                run.epoch += 1
+                await self._reconnect()
             except GenerationFailed as e:
                 if e.code != "unknown-session" or run.reopened >= MAX_REOPENED:
                     raise
@@ -262,6 +274,7 @@ class DrafterNode:
                 if e.code != "unknown-session":
                     raise
                 log.info("session=%d is unknown there: opened again at %d", run.session, len(text))
+                run.opened = False
         await self._open(channel, run)
 
     async def _open(self, channel: Channel, run: _Generation) -> None:
@@ -303,6 +316,8 @@ class DrafterNode:
         while True:
             frame: AnyFrame = await channel.recv()
             match frame:
+                case Error(code="busy", session=run.session) if run.opened:
+                    run.record.stale_frames += 1  # a second copy: the session has been let in since
                 case Error(session=session) if session in (0, run.session):
                     raise GenerationFailed(frame.code, frame.message, frame.retry_after_ms)
                 case Verdict() | Commit() if frame.session == run.session:
@@ -325,13 +340,18 @@ class DrafterNode:
             return 0
         record = run.record
         run.committed(new, frame.accepted, now_s)
-        if frame.compute_us:
+        if frame.compute_us or frame.drafted:  # a step of the target; catching up costs nothing
             compute_s = frame.compute_us / 1e6
             record.t_verify_s.append(compute_s)
             record.t_queue_s.append(frame.queue_us / 1e6)
             record.windows.append((frame.drafted, frame.accepted))
+            if frame.drafted:
+                record.t_draft_s.append(frame.draft_us / 1e6)
             sent_s = now_s - (self.rtt_s or 0.0) / 2
-            run.event("verify" if frame.drafted else "decode", sent_s - compute_s, sent_s)
+            begun_s = sent_s - compute_s
+            if frame.drafted:
+                run.event("draft", begun_s - frame.draft_us / 1e6, begun_s)
+            run.event("verify" if frame.drafted else "decode", begun_s, sent_s)
             run.event("flight_down", sent_s, now_s)
         return len(new)
 
@@ -352,6 +372,7 @@ class DrafterNode:
         request, text, record = run.request, run.text, run.record
         policy = load_window_policy(request.policy, request.gamma)
         async with slot_of(self._compute, self._drafter) as slot:
+            vocab_size = self.welcome.vocab_size if self.welcome is not None else MAX_VOCAB
             while text.finish is None:
                 base = len(text)
                 want = min(policy.decide().gamma, text.room - 1)
@@ -359,7 +380,9 @@ class DrafterNode:
                 draft: list[int] = []
                 t_draft_s = 0.0
                 if want > 0:
-                    draft, t_draft_s = await propose(self._compute, self._drafter, slot, text, want)
+                    draft, t_draft_s = await propose(
+                        self._compute, self._drafter, slot, text, want, vocab_size
+                    )
                 sent_s = loop.time()
                 await channel.send(Draft(run.session, run.epoch, base, pack_ids(draft)))
                 verdict = await self._await_verdict(channel, run, base, len(draft))
@@ -412,6 +435,9 @@ class DrafterNode:
                 f"{len(request.prompt_ids)} prompt tokens and {request.max_new_tokens} new ones; "
                 f"the target's context is {target.info.max_context}",
             )
+        vocab_size = target.info.vocab_size
+        if not all(0 <= i < vocab_size for i in request.prompt_ids):
+            raise GenerationFailed("prompt", f"a token id is outside the vocabulary of {vocab_size}")
         eos_ids = target.info.eos_ids if request.stop_at_eos else ()
         text = Text(request.prompt_ids, (), request.sampling, request.max_new_tokens, eos_ids)
         run = _Generation(request, 0, text, start_s, on_commit)

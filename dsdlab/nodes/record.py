@@ -13,7 +13,7 @@ class GenerationRecord(msgspec.Struct):
     ttft_s: float = 0.0
     commits: list[tuple[float, int]] = msgspec.field(default_factory=list)  # (when, tokens)
     windows: list[tuple[int, int]] = msgspec.field(default_factory=list)  # (drafted, accepted)
-    t_draft_s: list[float] = msgspec.field(default_factory=list)  # per window drafted at the edge
+    t_draft_s: list[float] = msgspec.field(default_factory=list)  # per drafted window
     t_verify_s: list[float] = msgspec.field(default_factory=list)  # per verification
     t_queue_s: list[float] = msgspec.field(default_factory=list)
     bytes_up: dict[str, int] = msgspec.field(default_factory=dict)

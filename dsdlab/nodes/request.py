@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from dsdlab.decoding import Sampling
+from dsdlab.policies.base import check_gamma
 
 MODES = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync")
 DRAFTING_MODES = ("cloud-sd", "edge-sd", "dsd-sync")
@@ -31,5 +32,6 @@ class GenerationRequest:
             raise ValueError("prompt_ids is empty; allowed: at least one token")
         if self.mode not in MODES:
             raise ValueError(f"mode is {self.mode!r}; allowed: {', '.join(MODES)}")
+        check_gamma(self.gamma)
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; allowed: 1 or more")

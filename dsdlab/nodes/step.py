@@ -79,7 +79,9 @@ async def decode(
             t_draft_s = 0.0
             want = 0 if first else min(gamma, text.room - 1)
             if drafter is not None and want > 0:
-                draft, t_draft_s = await propose(compute, drafter, draft_slot, text, want)
+                draft, t_draft_s = await propose(
+                    compute, drafter, draft_slot, text, want, engine.info.vocab_size
+                )
             (accepted, next_id), timing = await compute.run(
                 lambda: judge(engine, slot, text.ids, draft, text.sampling)  # noqa: B023 - awaited at once
             )
@@ -90,8 +92,13 @@ async def decode(
 
 
 async def propose(
-    compute: Compute, drafter: Drafter, slot: int, text: Text, n: int
+    compute: Compute, drafter: Drafter, slot: int, text: Text, n: int, vocab_size: int
 ) -> tuple[list[int], float]:
-    """A window of at most n tokens and the seconds it took to draft."""
+    """A window of at most n tokens and the seconds it took to draft.
+
+    vocab_size: the target's; a drafter padded to a larger one may say what the target cannot.
+    """
     draft, timing = await compute.run(lambda: drafter.propose(slot, text.ids, n, text.sampling))
+    if draft and max(draft) >= vocab_size:
+        draft = draft[: next(i for i, token in enumerate(draft) if token >= vocab_size)]
     return draft, timing.compute_s

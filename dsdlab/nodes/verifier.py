@@ -61,6 +61,7 @@ class _Session:
         self.task: asyncio.Task[None] | None = None
         self.epoch = 0
         self.stale_frames = 0
+        self.losses = 0  # connections lost so far
 
     @property
     def number(self) -> int:
@@ -69,12 +70,9 @@ class _Session:
     async def send(self, frame: AnyFrame) -> None:
         """Send if there is a connection; without one the client catches up when it resumes."""
         async with self.sending:
-            if self.channel is None:
-                return
-            try:
-                await self.channel.send(frame)
-            except ChannelClosed:
-                self.channel = None
+            if self.channel is not None:
+                with suppress(ChannelClosed):  # `serve` hears of it too, and sets the linger time going
+                    await self.channel.send(frame)
 
     async def catch_up(self, channel: Channel, base: int) -> None:
         """Send everything from `base` on over `channel`, ahead of whatever is decided next."""
@@ -83,7 +81,7 @@ class _Session:
             await channel.send(self.commit_from(base))
 
     def commit_from(self, base: int) -> Commit:
-        return Commit(self.number, base, pack_ids(self.text.ids[base:]), 0, 0, 0, 0)
+        return Commit(self.number, base, pack_ids(self.text.ids[base:]), 0, 0, 0, 0, 0)
 
 
 class VerifierNode:
@@ -229,6 +227,9 @@ class VerifierNode:
             if key not in self._closed:
                 await channel.send(refusal("unknown-session", "no session takes this draft", session=key[1]))
             return
+        if session.text.finish is not None:
+            await self._send_lacking(session, frame)
+            return
         session.drafts.put_nowait(frame)
 
     # running -------------------------------------------------------------------------------------
@@ -258,6 +259,8 @@ class VerifierNode:
             await self._prefill(session, slot)
             while text.finish is None:
                 await self._judge(session, slot, await session.drafts.get())
+            while not session.drafts.empty():  # sent after a reconnect, while the last window was judged
+                await self._send_lacking(session, session.drafts.get_nowait())
             return
         gamma = session.opened.gamma if mode == "cloud-sd" else 0
         steps = decode(text, self._engine, slot, self._compute, gamma, self._drafter)
@@ -270,6 +273,7 @@ class VerifierNode:
                         pack_ids(step.ids),
                         step.drafted,
                         step.accepted,
+                        microseconds(step.t_draft_s),
                         microseconds(step.timing.queue_s),
                         microseconds(step.timing.compute_s),
                     )
@@ -283,7 +287,7 @@ class VerifierNode:
         base = len(text)
         kept = text.append([next_id])
         queue_us, compute_us = microseconds(timing.queue_s), microseconds(timing.compute_s)
-        await session.send(Commit(session.number, base, pack_ids(kept), 0, 0, queue_us, compute_us))
+        await session.send(Commit(session.number, base, pack_ids(kept), 0, 0, 0, queue_us, compute_us))
 
     async def _judge(self, session: _Session, slot: int, frame: Draft) -> None:
         """Verify one window. A window behind the text is answered with what its sender lacks."""
@@ -293,8 +297,7 @@ class VerifierNode:
             return
         session.epoch = frame.epoch
         if frame.base < len(text):
-            session.stale_frames += 1
-            await session.send(session.commit_from(max(frame.base, text.n_prompt)))
+            await self._send_lacking(session, frame)
             return
         draft = unpack_ids(frame.ids)
         if frame.base > len(text):
@@ -320,14 +323,19 @@ class VerifierNode:
             )
         )
 
+    async def _send_lacking(self, session: _Session, frame: Draft) -> None:
+        """Answer a window that comes too late to be judged with every token its sender may lack."""
+        session.stale_frames += 1
+        base = min(max(frame.base, session.text.n_prompt), len(session.text))
+        await session.send(session.commit_from(base))
+
     # ending --------------------------------------------------------------------------------------
 
     async def _end(self, session: _Session) -> None:
         self._sessions.pop(session.key, None)
         if session.task is not None:
             session.task.cancel()
-            with suppress(asyncio.CancelledError):
-                await session.task
+            await asyncio.wait([session.task])  # unlike `await task`: a cancellation of this one passes
 
     def _remember_close(self, key: SessionKey) -> None:
         self._closed[key] = None
@@ -336,10 +344,13 @@ class VerifierNode:
 
     def _reap_later(self, session: _Session) -> None:
         """Forget a session whose client does not come back."""
+        session.losses += 1
+        losses = session.losses
 
         async def reap() -> None:
             await asyncio.sleep(self._linger_s)
-            if session.channel is None and self._sessions.get(session.key) is session:
+            lost = session.channel is None and session.losses == losses
+            if lost and self._sessions.get(session.key) is session:
                 log.info("session=%s forgotten after %g s", session.key, self._linger_s)
                 await self._end(session)
 

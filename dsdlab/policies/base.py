@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from dsdlab.protocol.frames import MAX_WINDOW
 
 
-class PolicyError(Exception):
+class PolicyError(ValueError):
     """A policy is unknown or its parameters are out of range; one line for the user."""
 
 

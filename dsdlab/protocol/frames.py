@@ -162,6 +162,7 @@ class Commit(Frame, frozen=True, tag=7):
     ids: PackedIds
     drafted: WindowCount  # tokens a drafter beside the target proposed for this step
     accepted: WindowCount
+    draft_us: Microseconds  # that drafter's compute time
     queue_us: Microseconds
     compute_us: Microseconds
 

@@ -63,7 +63,7 @@ opens = st.builds(
 resumes = st.builds(Resume, sessions, positions, st.binary(min_size=8, max_size=8))
 drafts = st.builds(Draft, sessions, epochs, positions, windows)
 verdicts = st.builds(Verdict, sessions, epochs, positions, counts, ids, micros, micros)
-commits = st.builds(Commit, sessions, positions, packed, counts, counts, micros, micros)
+commits = st.builds(Commit, sessions, positions, packed, counts, counts, micros, micros, micros)
 closes = st.builds(Close, sessions)
 errors = st.builds(
     Error, st.integers(0, 0xFFFF), st.text(max_size=32), st.text(max_size=1000), st.integers(0, 1 << 40)

@@ -262,5 +262,5 @@ def test_plain_msgpack_arrays_are_frames() -> None:
     assert decode(raw(HELLO)) == Hello(1, "n", "", "t", "k", 0.5)
     assert isinstance(decode(raw(OPEN)), Open)
     assert decode(raw([10, 1, 2])) == Ping(1, 2.0)  # an integer for a float
-    assert isinstance(decode(encode(Commit(1, 2, b"", 0, 0, 0, 0))), Commit)
+    assert isinstance(decode(encode(Commit(1, 2, b"", 0, 0, 0, 0, 0))), Commit)
     assert isinstance(decode(encode(Welcome(1, "n", "t", "k", 9, 9, (2,), ("cloud-ar",), 0.0))), Welcome)

@@ -1,0 +1,333 @@
+"""The figures of the report as SVG: curves over RTT, and timelines of single generations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from dsdlab.report.svg import Scale, element, marker, mode_class, number, path, spread, text
+from dsdlab.sweep.rows import Row
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+DASHES = ("", "7 3", "2 3", "9 3 2 3")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measured cell: milliseconds on both axes; lo and hi NaN where there is no interval."""
+
+    x: float
+    y: float
+    lo: float
+    hi: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """One variant in a panel. `rank` counts the variants of its mode: 0 is drawn solid and filled."""
+
+    mode: str
+    label: str
+    rank: int
+    points: Sequence[Point]
+    theory: Sequence[tuple[float, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A break-even RTT on the x axis: NaN or infinite bounds are clipped to the panel."""
+
+    mode: str
+    x: float
+    lo: float
+    hi: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """Curves over RTT under one condition."""
+
+    title: str
+    series: Sequence[Series]
+    modelled: bool
+    marks: Sequence[Mark] = field(default=())
+
+
+def short(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    if math.isnan(value):
+        return "–"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
+def with_interval(value: float, lo: float, hi: float) -> str:
+    return short(value) if math.isnan(lo) else f"{short(value)} [{short(lo)}, {short(hi)}]"
+
+
+def y_range(panels: Sequence[Panel]) -> tuple[float, float]:
+    """Smallest and largest value drawn in any panel, so that panels can share an axis."""
+    series = [s for panel in panels for s in panel.series]
+    ys = [v for s in series for p in s.points for v in (p.y, p.lo, p.hi) if not math.isnan(v)]
+    ys += [y for s in series for _, y in s.theory]
+    return max(min(ys), 1e-6), max(max(ys), 1e-6)
+
+
+def _scales(panel: Panel, box: Box, smallest: float, largest: float) -> tuple[Scale, Scale]:
+    left, top, right, bottom = box
+    xs = [p.x for s in panel.series for p in s.points]
+    low, high = min(xs), max(xs)
+    log_x = low > 0 and high / low >= 100
+    pad = 0.03 * (high - low) if high > low else max(1.0, abs(high) * 0.1)
+    low, high = (low / 1.1, high * 1.1) if log_x else (low - pad, high + pad)
+    x = Scale(low, high, left, right, log=log_x)
+    if largest / smallest > 15:
+        return x, Scale(smallest / 1.3, largest * 1.2, bottom, top, log=True)
+    return x, Scale(0.0, largest * 1.06, bottom, top)
+
+
+def _axes(panel: Panel, x: Scale, y: Scale, box: Box, unit: str) -> list[Markup]:
+    left, top, right, bottom = box
+    drawn: list[Markup] = []
+    for value in y.ticks(6 if bottom - top > 260 else 4):
+        at = y(value)
+        drawn.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="grid"))
+        drawn.append(text(left - 8, at + 3.5, f"{value:g}", "tick", "end"))
+    asked = sorted({p.x for s in panel.series for p in s.points})
+    ticks = asked if len(asked) <= 12 else x.ticks(6)
+    last = -math.inf
+    for value in ticks:  # the RTTs asked for are the ticks; crowded labels are left out
+        at = x(value)
+        drawn.append(element("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="axis"))
+        if at - last >= 24:
+            drawn.append(text(at, bottom + 17, f"{value:g}", "tick", "middle"))
+            last = at
+    drawn.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
+    drawn.append(text(2, top - 16, unit + (", log scale" if y.log else ""), "unit"))
+    name = "RTT, ms" + (" (modelled link)" if panel.modelled else "") + (", log scale" if x.log else "")
+    drawn.append(text(right, bottom + 34, name, "unit", "end"))
+    return drawn
+
+
+def _mark(mark: Mark, x: Scale, box: Box) -> Markup:
+    left, top, right, bottom = box
+    at = x(mark.x)
+    inner: list[Markup] = []
+    if not math.isnan(mark.lo):
+        lo = left if math.isinf(mark.lo) else max(x(mark.lo), left)
+        hi = right if math.isinf(mark.hi) else min(x(mark.hi), right)
+        size = {"width": max(hi - lo, 1.0), "height": bottom - top}
+        inner.append(element("rect", x=lo, y=top, class_="band", **size))
+    inner.append(element("line", x1=at, x2=at, y1=top, y2=bottom, class_="even"))
+    room_right = right - at > 7.0 * len(mark.label)
+    inner.append(
+        text(at + 6 if room_right else at - 6, top + 11, mark.label, "note", None if room_right else "end")
+    )
+    return element("g", *inner, class_=mode_class(mark.mode))
+
+
+def _series(series: Series, x: Scale, y: Scale) -> Markup:
+    hollow = series.rank > 0
+    dash = DASHES[series.rank % len(DASHES)] or None
+    inner: list[Markup] = []
+    if series.theory:
+        inner.append(element("path", d=path((x(a), y(b)) for a, b in series.theory), class_="theory"))
+    inner += [
+        element("line", x1=x(p.x), x2=x(p.x), y1=y(p.lo), y2=y(p.hi), class_="bar")
+        for p in series.points
+        if not math.isnan(p.lo)
+    ]
+    if len(series.points) > 1:
+        curve = path((x(p.x), y(p.y)) for p in series.points)
+        inner.append(element("path", d=curve, class_="curve", stroke_dasharray=dash))
+    for p in series.points:
+        value = with_interval(p.y, p.lo, p.hi)
+        inner.append(
+            element(
+                "g",
+                marker(series.mode, x(p.x), y(p.y), hollow=hollow),
+                class_="pt",
+                data_x=number(x(p.x)),
+                data_at=f"{p.x:g} ms RTT",
+                data_y=number(p.y),
+                data_name=series.label,
+                data_value=f"{value} ms",
+                data_n=p.n,
+            )
+        )
+    return element("g", *inner, class_=mode_class(series.mode))
+
+
+def curves(
+    panel: Panel,
+    *,
+    width: int,
+    height: int,
+    unit: str,
+    extent: tuple[float, float],
+    direct_labels: bool,
+    class_: str,
+) -> Markup:
+    """One panel: measured medians with 95 % bars, joined; the closed form as a thin dashed line.
+
+    extent: smallest and largest value of the y axis' data (see `y_range`).
+    """
+    margin_right = 165 if direct_labels else 14
+    box = (46.0, 34.0, float(width - margin_right), float(height - 44))
+    x, y = _scales(panel, box, *extent)
+    drawn = _axes(panel, x, y, box, unit)
+    drawn += [_mark(mark, x, box) for mark in panel.marks]
+    drawn.append(element("line", x1=0, x2=0, y1=box[1], y2=box[3], class_="guide"))
+    drawn += [_series(series, x, y) for series in panel.series]
+    if direct_labels:
+        shown = [s for s in panel.series if s.points]
+        wanted = [y(s.points[-1].y) for s in shown]
+        for series, at, own in zip(shown, spread(wanted, 17, box[1], box[3]), wanted, strict=True):
+            end = x(series.points[-1].x)
+            leader = path([(end + 6, own), (box[2] + 4, at), (box[2] + 8, at)])
+            drawn.append(
+                element(
+                    "g",
+                    element("path", d=leader, class_="leader"),
+                    text(box[2] + 12, at + 4, series.label, "name"),
+                    class_=mode_class(series.mode),
+                )
+            )
+    return element(
+        "svg",
+        element("title", f"{unit} against RTT: {panel.title}"),
+        *drawn,
+        viewBox=f"0 0 {width} {height}",
+        class_=f"chart {class_}".strip(),
+        role="img",
+        data_top=number(box[1]),
+        data_bottom=number(box[3]),
+        data_note="modelled link" if panel.modelled else "",
+    )
+
+
+def key_symbol(mode: str, rank: int) -> Markup:
+    """The legend's sample of a series."""
+    dash = DASHES[rank % len(DASHES)] or None
+    return element(
+        "svg",
+        element("path", d="M1 8H31", class_="curve", stroke_dasharray=dash),
+        marker(mode, 16, 8, hollow=rank > 0),
+        viewBox="0 0 32 16",
+        class_=f"key {mode_class(mode)}",
+        aria_hidden="true",
+    )
+
+
+LANE_KINDS = {"draft": "edge", "verify": "cloud", "decode": "cloud"}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """Tokens that reached the user at `t_s`."""
+
+    t_s: float
+    tokens: int
+
+
+def lane_of(kind: str, mode: str) -> str:
+    """Where an event happens: "edge", "cloud", "up", "down"; "" for a kind this version does not know."""
+    if kind in ("flight_up", "flight_down"):
+        return kind.removeprefix("flight_")
+    lane = LANE_KINDS.get(kind, "")
+    if lane and mode in ("cloud-ar", "cloud-sd"):
+        return "cloud"
+    return "edge" if lane and mode == "edge-sd" else lane
+
+
+def arrivals(row: Row) -> list[Arrival]:
+    """When how many tokens arrived, from events and windows; empty where the two do not match."""
+    ends = [t1 for kind, _, t1 in row.events if kind == "flight_down"]
+    if not ends:
+        ends = [t1 for kind, _, t1 in row.events if kind in ("verify", "decode")]
+    extra = len(ends) - len(row.windows)
+    if extra not in (0, 1):
+        return []
+    counts = [1] * extra + [accepted + 1 for _, accepted in row.windows]
+    return [Arrival(t, n) for t, n in zip(ends, counts, strict=True)]
+
+
+def span_s(rows: Sequence[Row], cycles: int = 6) -> float:
+    """A common time axis: long enough for the slowest row's first `cycles` answers, s."""
+    ends = []
+    for row in rows:
+        lane = sorted(t1 for kind, _, t1 in row.events if kind in ("verify", "decode", "flight_down"))
+        compute = [t for kind, _, t in row.events if kind in ("verify", "decode")]
+        if lane:
+            ends.append(compute[min(cycles, len(compute)) - 1] if compute else lane[-1])
+    return max(ends, default=0.0) * 1.02
+
+
+def timeline(row: Row, until_s: float, *, width: int, class_: str, axis: bool) -> Markup:
+    """Space-time diagram: edge above, cloud below, each flight a slanted line between them."""
+    height = 84 + (26 if axis else 0)
+    left, right = 46.0, float(width - 8)
+    x = Scale(0.0, until_s or 1.0, left, right)
+    edge, cloud, thick = 24.0, 66.0, 12.0  # y of lane centres, bar height
+    drawn: list[Markup] = []
+    for name, at in (("edge", edge), ("cloud", cloud)):
+        drawn.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="lane"))
+        drawn.append(text(left - 8, at + 4, name, "tick", "end"))
+    flights: list[Markup] = []
+    bars: list[Markup] = []
+    for kind, t0, t1 in row.events:
+        lane = lane_of(kind, row.mode)
+        if not lane or t0 >= until_s:
+            continue
+        if lane in ("up", "down"):
+            y0, y1 = edge + thick / 2, cloud - thick / 2
+            if lane == "down":
+                y0, y1 = y1, y0
+            share = min(1.0, (until_s - t0) / (t1 - t0)) if t1 > t0 else 1.0
+            line = path([(x(t0), y0), (x(min(t1, until_s)), y0 + share * (y1 - y0))])
+            flights.append(element("path", d=line, class_=f"flight {lane}"))
+            continue
+        start, end = x(t0), x(min(t1, until_s))
+        top = (edge if lane == "edge" else cloud) - thick / 2
+        ms = (t1 - t0) * 1e3
+        bars.append(
+            element(
+                "rect",
+                element("title", f"{kind}, {short(ms)} ms"),
+                x=start,
+                y=top,
+                width=max(end - start - 0.6, 0.8),
+                height=thick,
+                class_=f"do {kind}",
+            )
+        )
+    drawn += flights + bars
+    last = -math.inf
+    for arrival in arrivals(row):
+        at = x(arrival.t_s)
+        if arrival.t_s <= until_s:
+            drawn.append(element("circle", cx=at, cy=edge - 11, r=1.8, class_="arrived"))
+            if at - last >= 22:
+                drawn.append(text(at, edge - 15, f"+{arrival.tokens}", "tiny", "middle"))
+                last = at
+    if axis:
+        for value in x.ticks(6 if width > 500 else 4):
+            drawn.append(element("line", x1=x(value), x2=x(value), y1=84, y2=88, class_="axis"))
+            label = f"{value * 1e3:g}" + (" ms" if value == 0 else "")
+            drawn.append(text(x(value), 101, label, "tick", "middle"))
+        drawn.append(element("line", x1=left, x2=right, y1=84, y2=84, class_="axis"))
+    return element(
+        "svg",
+        element("title", f"timeline of {row.mode}"),
+        *drawn,
+        viewBox=f"0 0 {width} {height}",
+        class_=f"timeline {class_} {mode_class(row.mode)}",
+        role="img",
+    )

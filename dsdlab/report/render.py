@@ -1,0 +1,429 @@
+"""Rows and provenance in, one self-contained HTML file out."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup, escape
+
+from dsdlab import __version__
+from dsdlab.report import plots
+from dsdlab.report.plots import Mark, Panel, Point, Series
+from dsdlab.report.svg import mode_class
+from dsdlab.sweep import stats
+from dsdlab.sweep.breakeven import BreakEven
+from dsdlab.sweep.closed_form import Inputs
+from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
+from dsdlab.sweep.rows import Row
+from dsdlab.sweep.stats import CellSummary, Summary
+
+CURVE_STEPS = 12
+MANY_PANELS = 4  # beyond this one drawing serves wide and narrow screens
+UNBROKEN = re.compile(r"([a-z]+-[a-z]+(?: \(γ = \d+)?|\d+ ms(?: RTT)?|\[[^\]]*\])")
+
+
+class ByteRow(NamedTuple):
+    variant: Variant
+    direction: str
+    total: float  # bytes per committed token
+    frames: list[Frame]
+
+
+class Frame(NamedTuple):
+    name: str
+    per_token: float
+    width: float  # percent of the widest row
+
+
+class Link(NamedTuple):
+    link: str
+    runtime: str
+    rtt_ms: float
+    rate_mbit: float | None
+    loss_pct: float
+    measured_ms: float
+    cells: int
+
+
+class Failure(NamedTuple):
+    variant: Variant
+    rtt_ms: float
+    status: str
+    error: str
+    times: int
+
+
+def fixed(value: float) -> str:
+    """Two decimals, a dash for NaN."""
+    return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def signed(value: float) -> str:
+    return "–" if math.isnan(value) else f"{value:+.2f}".replace("-", "−")
+
+
+def _ranks(variants: Sequence[Variant]) -> dict[Variant, int]:
+    """The place of each variant among those of its mode."""
+    seen: Counter[str] = Counter()
+    ranks = {}
+    for variant in variants:
+        ranks[variant] = seen[variant.mode]
+        seen[variant.mode] += 1
+    return ranks
+
+
+def _theory(inputs: Inputs | None, rtts: Sequence[float], condition: Condition) -> list[tuple[float, float]]:
+    if inputs is None or not rtts:
+        return []
+    low, high = min(rtts), max(rtts)
+    grid = [low + (high - low) * k / CURVE_STEPS for k in range(CURVE_STEPS + 1)]
+    values = inputs.tpot_ms(grid, condition.rate_mbit)
+    return list(zip(grid, values, strict=True)) if values else []
+
+
+def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
+    """The break-even of the distributed mode that tolerates most, if it crosses at all."""
+    crossing = [
+        b
+        for b in break_evens
+        if b.condition == condition
+        and b.baseline.mode == "cloud-ar"
+        and b.variant.mode.startswith("dsd-")
+        and b.state == "crosses"
+    ]
+    if not crossing:
+        return []
+    best = max(crossing, key=lambda b: b.rtt_ms)
+    label = f"break-even {best.bound(best.rtt_ms)} ms {best.interval_text}".strip()
+    return [Mark(best.variant.mode, best.rtt_ms, best.lo_ms, best.hi_ms, label)]
+
+
+def _panels(summary: Summary, measure: str) -> list[dict[str, Any]]:
+    """Drawn panels of "tpot_ms" or "ttft_ms", one per condition that has data."""
+    ranks = _ranks(summary.variants)
+    inputs = {(i.variant, i.temperature): i for i in summary.inputs}
+    panels = []
+    for condition in summary.conditions:
+        series = []
+        for variant in summary.variants:
+            cells = sorted(
+                (c for c in summary.cells if (c.variant, c.condition) == (variant, condition)),
+                key=lambda c: c.rtt_ms,
+            )
+            estimates = [(c.rtt_ms, getattr(c, measure)) for c in cells]
+            points = [Point(x, e.value, e.lo, e.hi, e.n) for x, e in estimates if not math.isnan(e.value)]
+            if not points:
+                continue
+            theory = []
+            if measure == "tpot_ms":
+                own = inputs.get((variant, condition.temperature))
+                theory = _theory(own, [p.x for p in points], condition)
+            series.append(Series(variant.mode, variant.label, ranks[variant], points, theory))
+        if series:
+            marks = _mark(summary.break_evens, condition) if measure == "tpot_ms" else []
+            panels.append(Panel(condition.label, series, condition.modelled, marks))
+    alone, many = len(panels) == 1, len(panels) > MANY_PANELS
+    size = (960, 430) if alone and measure == "tpot_ms" else (960, 330) if alone else (470, 320)
+    unit = "TPOT, ms per token" if measure == "tpot_ms" else "TTFT, ms"
+    extent = plots.y_range(panels) if panels else (0.0, 1.0)
+
+    def draw(panel: Panel, width: int, height: int, labels: bool, class_: str) -> Markup:
+        return plots.curves(
+            panel,
+            width=width,
+            height=height,
+            unit=unit,
+            extent=extent,
+            direct_labels=labels,
+            class_=class_,
+        )
+
+    return [
+        {
+            "title": panel.title,
+            "modelled": panel.modelled,
+            "wide": draw(panel, 400, 300, False, "") if many else draw(panel, *size, alone, "wide"),
+            "narrow": "" if many else draw(panel, 360, 310, False, "narrow"),
+        }
+        for panel in panels
+    ]
+
+
+def _best_windows(cells: Sequence[CellSummary], rtt_ms: float, condition: Condition) -> list[Variant]:
+    """Per mode the fastest variant at that RTT."""
+    best: dict[str, CellSummary] = {}
+    for cell in cells:
+        if cell.rtt_ms == rtt_ms and cell.condition == condition and not math.isnan(cell.tpot_ms.value):
+            rival = best.get(cell.variant.mode)
+            if rival is None or cell.tpot_ms.value < rival.tpot_ms.value:
+                best[cell.variant.mode] = cell
+    return sorted((c.variant for c in best.values()), key=lambda v: v.order)
+
+
+def _timelines(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
+    """One generation per mode, all of the same prompt, seed and repetition, near the middle of the grid.
+
+    Among the pairs that every mode has, the one whose distributed TPOT is nearest to its cell's median.
+    """
+    condition = summary.conditions[0]
+    rtts = sorted({c.rtt_ms for c in summary.cells if c.condition == condition and c.generations})
+    if not rtts:
+        return {}
+    rtt_ms = rtts[len(rtts) // 2]
+    variants = _best_windows(summary.cells, rtt_ms, condition)
+    found: dict[Variant, dict[tuple[str, int, int], Row]] = {v: {} for v in variants}
+    for row in rows:
+        here = (condition_of(row), row.rtt_ms) == (condition, rtt_ms)
+        if here and row.status == "ok" and row.events and variant_of(row) in found:
+            found[variant_of(row)][pair_of(row)] = row
+    found = {v: pairs for v, pairs in found.items() if pairs}
+    shared = set.intersection(*(set(pairs) for pairs in found.values())) if found else set()
+    if not shared:
+        return {}
+    judge = next((v for v in found if v.mode.startswith("dsd-")), next(iter(found)))
+    median = next(c.tpot_ms.value for c in summary.cells if (c.variant, c.rtt_ms) == (judge, rtt_ms))
+    pair = min(sorted(shared), key=lambda p: abs((found[judge][p].tpot_ms or math.inf) - median))
+    chosen = {v: pairs[pair] for v, pairs in found.items()}
+    until_s = plots.span_s(list(chosen.values()))
+    drawn = []
+    for index, (variant, row) in enumerate(chosen.items()):
+        tokens = sum(a.tokens for a in plots.arrivals(row) if a.t_s <= until_s)
+        axis = index == len(chosen) - 1
+        drawn.append(
+            {
+                "variant": variant,
+                "note": f"{tokens} token{'' if tokens == 1 else 's'} in {plots.short(until_s * 1e3)} ms",
+                "wide": plots.timeline(row, until_s, width=960, class_="wide", axis=axis),
+                "narrow": plots.timeline(row, until_s, width=360, class_="narrow", axis=axis),
+            }
+        )
+    return {
+        "timelines": drawn,
+        "timeline_rtt": rtt_ms,
+        "timeline_prompt": pair[0],
+        "timeline_modelled": condition.modelled,
+    }
+
+
+def _byte_rows(rows: Sequence[Row], variants: Sequence[Variant]) -> list[ByteRow]:
+    found: list[tuple[Variant, str, dict[str, float]]] = []
+    for variant in variants:
+        own = [row for row in rows if row.status == "ok" and variant_of(row) == variant]
+        tokens = sum(row.tokens for row in own)
+        for direction, field in (("up", "bytes_up"), ("down", "bytes_down")):
+            totals: Counter[str] = Counter()
+            for row in own:
+                totals.update(getattr(row, field))
+            if tokens and sum(totals.values()):
+                found.append((variant, direction, {n: b / tokens for n, b in totals.most_common() if b}))
+    widest = max((sum(frames.values()) for _, _, frames in found), default=1.0)
+    return [
+        ByteRow(
+            variant,
+            direction,
+            sum(frames.values()),
+            [Frame(name, share, 100 * share / widest) for name, share in frames.items()],
+        )
+        for variant, direction, frames in found
+    ]
+
+
+def _links(summary: Summary) -> list[Link]:
+    groups: dict[tuple[str, str, float, float, float], list[CellSummary]] = {}
+    for cell in summary.cells:
+        if not math.isnan(cell.rtt_measured_ms):
+            c = cell.condition
+            rate = math.inf if c.rate_mbit is None else c.rate_mbit
+            groups.setdefault((c.link, c.runtime, -rate, c.loss_pct, cell.rtt_ms), []).append(cell)
+    links = []
+    for (link, runtime, _, loss, rtt_ms), cells in sorted(groups.items(), key=lambda g: g[0]):
+        measured = sorted(c.rtt_measured_ms for c in cells)
+        middle = (measured[(len(measured) - 1) // 2] + measured[len(measured) // 2]) / 2
+        links.append(Link(link, runtime, rtt_ms, cells[0].condition.rate_mbit, loss, middle, len(cells)))
+    return links
+
+
+def _failures(rows: Sequence[Row]) -> list[Failure]:
+    counts: Counter[tuple[Variant, float, str, str]] = Counter()
+    for row in rows:
+        if row.status != "ok":
+            counts[variant_of(row), row.rtt_ms, row.status, row.error or "no reason recorded"] += 1
+    ordered = sorted(counts.items(), key=lambda f: (f[0][0].order, f[0][1:]))
+    return [Failure(*key, count) for key, count in ordered]
+
+
+def _break_rows(summary: Summary) -> list[dict[str, Any]]:
+    inputs = {(i.variant, i.temperature): i for i in summary.inputs}
+    rows = []
+    for item in summary.break_evens:
+        value = "none" if item.state == "never" else item.bound(item.rtt_ms)
+        theory = "–"
+        own = inputs.get((item.variant, item.condition.temperature))
+        base = inputs.get((item.baseline, item.condition.temperature))
+        if own is not None and base is not None:
+            flat = base.tpot_ms([0.0], item.condition.rate_mbit)
+            solved = own.break_even_ms(flat[0], item.condition.rate_mbit) if flat else None
+            if solved is not None:
+                theory = plots.short(solved) if solved >= 0 else "none"
+        rows.append({"item": item, "value": value, "theory": theory})
+    return rows
+
+
+def _model_text(info: Any) -> str:
+    if not isinstance(info, Mapping):
+        return str(info)
+    parts = [str(info.get("model_id", ""))]
+    params = info.get("n_params")
+    if isinstance(params, int | float) and params:
+        parts.append(f"{params / 1e6:,.1f} M parameters")
+    parts += [str(info[key]) for key in ("precision",) if info.get(key)]
+    if info.get("digest"):
+        parts.append(f"sha256 {str(info['digest'])[:16]}…")
+    return ", ".join(part for part in parts if part)
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(inner)}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_flat(inner) for inner in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)
+
+
+def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
+    models = run.get("models") or {}
+    git = run.get("git") or {}
+    cores = f", {run['cores']} cores" if run.get("cores") else ""
+    items: Iterable[tuple[str, str]] = (
+        ("target", _model_text(models["target"]) if models.get("target") else ""),
+        ("drafter", _model_text(models["drafter"]) if models.get("drafter") else ""),
+        ("runtime", _flat(run.get("runtime", ""))),
+        ("link", _flat(run.get("link", ""))),
+        ("bit-exactness self-test", _flat(run.get("selftest") or "")),
+        ("started", str(run.get("started_at", ""))),
+        ("code", f"{git.get('sha', '')}{' + local changes' if git.get('dirty') else ''}"),
+        ("processor", f"{run.get('cpu', '')}{cores}"),
+        ("kernel", str(run.get("kernel", ""))),
+        ("packages", _flat(run.get("packages") or "")),
+        ("sysctls", _flat(run.get("sysctls") or "")),
+    )
+    return [(key, value) for key, value in items if value]
+
+
+def expected_generations(run: Mapping[str, Any]) -> dict[str, int] | None:
+    """Good generations wanted per cell id, where run.json's cells say so ("id" or "cell", "generations")."""
+    expected = {}
+    for cell in run.get("cells") or []:
+        if isinstance(cell, Mapping) and isinstance(cell.get("generations"), int):
+            expected[str(cell.get("id", cell.get("cell", "")))] = cell["generations"]
+    return expected or None
+
+
+def _split(verdict: str) -> tuple[Markup, Markup]:
+    """The finding, and the parenthesis that says under which conditions it holds; names do not break."""
+    head, bracket, tail = verdict.rpartition(" (")
+    parts = (head, f"({tail}") if bracket and tail.endswith(").") else (verdict, "")
+    whole = Markup('<span class="nb">{}</span>')
+    head, tail = (
+        Markup("").join(whole.format(p) if k % 2 else escape(p) for k, p in enumerate(UNBROKEN.split(part)))
+        for part in parts
+    )
+    return head, tail
+
+
+def _template(name: str) -> str:
+    return (resources.files("dsdlab.report") / "templates" / name).read_text(encoding="utf-8")
+
+
+def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
+    """The report as HTML text. Raises ValueError where there are no rows."""
+    from jinja2 import Environment, StrictUndefined
+
+    summary = stats.summarise(rows, expected=expected_generations(run), allow_incomplete=True)
+    rows = stats.unique_rows(rows)
+    ranks = _ranks(summary.variants)
+    models = run.get("models") or {}
+    names = [(models.get(role) or {}).get("model_id") for role in ("target", "drafter")]
+    conditions = summary.conditions
+    show = {
+        "rate": any(c.rate_mbit is not None for c in conditions),
+        "loss": any(c.loss_pct for c in conditions),
+        "temperature": any(c.temperature for c in conditions),
+    }
+    columns = ["mode", "RTT", "link"]
+    columns += [
+        title
+        for key, title in (("rate", "Mbit/s"), ("loss", "loss, %"), ("temperature", "temp."))
+        if show[key]
+    ]
+    columns += ["TPOT", "p95", "p99", "× cloud-ar", "TTFT", "ITL p95", "α", "τ", "exact"]
+    columns += ["failed"] if summary.failures else []
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    tpot_panels = _panels(summary, "tpot_ms")
+    context: dict[str, Any] = {
+        "timelines": [],
+        **_timelines(summary, rows),
+        "s": summary,
+        "verdict": _split(summary.verdict),
+        "title": str(run.get("name", "sweep")),
+        "started": str(run.get("started_at", ""))[:16].replace("T", " "),
+        "css": Markup(_template("style.css")),
+        "js": Markup(_template("script.js")),
+        "version": __version__,
+        "command": command,
+        "scenario_text": str(run.get("scenario_text", "")),
+        "provenance": _provenance(run),
+        "pair": " / ".join(str(name) for name in names if name),
+        "all_exact": summary.exact == summary.generations > 0,
+        "compared_some_wrong": summary.exact < summary.compared,
+        "any_modelled": any(c.modelled for c in conditions),
+        "lossy": show["loss"],
+        "closed_form": any(i.tpot_ms([0.0], None) for i in summary.inputs),
+        "legend_items": [
+            {"symbol": plots.key_symbol(v.mode, ranks[v]), "label": v.label} for v in summary.variants
+        ],
+        "tpot_panels": tpot_panels,
+        "ttft_panels": _panels(summary, "ttft_ms"),
+        "break_rows": _break_rows(summary),
+        "positions": max((len(a.per_position) for a in summary.acceptance), default=0),
+        "byte_rows": _byte_rows(rows, summary.variants),
+        "links": _links(summary),
+        "failures": _failures(rows),
+        "reconnects": sum(row.reconnects for row in rows),
+        "stale": sum(row.stale_frames for row in rows),
+        "show": show,
+        "cell_columns": columns,
+        "mode_class": mode_class,
+        "short": plots.short,
+        "fixed": fixed,
+        "signed": signed,
+    }
+    return environment.from_string(_template("report.html.j2")).render(context)
+
+
+def render(run: Mapping[str, Any], rows: Sequence[Row], out: Path, command: str) -> Path:
+    """Write the report of a sweep to `out`, one self-contained HTML file, and return `out`.
+
+    run: the provenance of run.json; missing entries are left out. command: how to repeat the sweep.
+    An incomplete grid is reported on the page, not refused. The file appears whole or not at all.
+    Raises ValueError where there are no rows.
+    """
+    text = page(run, rows, command)
+    partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
+    return out

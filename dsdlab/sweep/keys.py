@@ -1,0 +1,74 @@
+"""What identifies a cell of the grid: who decodes how (`Variant`), over what (`Condition`), at which RTT."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dsdlab.sweep.rows import Row
+
+MODE_ORDER = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync", "dsd-pipelined", "dsd-stream", "dsd-adaptive")
+
+
+class Variant(NamedTuple):
+    """A way to decode. `gamma` is 0 where there is no window."""
+
+    mode: str
+    policy: str
+    gamma: int
+
+    @property
+    def label(self) -> str:
+        """For people: "dsd-sync (γ = 4)", with the policy where it is not the static window."""
+        if self.gamma <= 0 and self.policy in ("", "static"):
+            return self.mode
+        parts = [] if self.policy in ("", "static") else [self.policy]
+        if self.gamma > 0:
+            parts.append(f"γ = {self.gamma}")
+        return f"{self.mode} ({', '.join(parts)})"
+
+    @property
+    def order(self) -> tuple[int, str, int, str]:
+        known = MODE_ORDER.index(self.mode) if self.mode in MODE_ORDER else len(MODE_ORDER)
+        return known, self.mode, self.gamma, self.policy
+
+
+class Condition(NamedTuple):
+    """Everything but the RTT that two cells must share to be compared. `rate_mbit` None: unlimited."""
+
+    runtime: str
+    link: str
+    rate_mbit: float | None
+    loss_pct: float
+    temperature: float
+
+    @property
+    def label(self) -> str:
+        """For people: "greedy, unlimited rate, no loss"."""
+        heat = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        rate = "unlimited rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
+        loss = "no loss" if self.loss_pct == 0 else f"{self.loss_pct:g} % loss"
+        return f"{heat}, {rate}, {loss}"
+
+    @property
+    def order(self) -> tuple[str, str, float, float, float]:
+        """The least constrained first: no loss, unlimited rate, greedy."""
+        rate = 0.0 if self.rate_mbit is None else 1.0 / max(self.rate_mbit, 1e-12)
+        return self.runtime, self.link, self.loss_pct, rate, self.temperature
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the link is a model in user space rather than a shaped interface of a kernel."""
+        return self.link == "modelled"
+
+
+def variant_of(row: Row) -> Variant:
+    return Variant(row.mode, row.policy, row.gamma)
+
+
+def condition_of(row: Row) -> Condition:
+    return Condition(row.runtime, row.link, row.rate_mbit, row.loss_pct, row.temperature)
+
+
+def pair_of(row: Row) -> tuple[str, int, int]:
+    """Rows of two cells with the same (prompt, seed, rep) form a pair."""
+    return row.prompt, row.seed, row.rep

@@ -1,0 +1,79 @@
+"""The one sentence a reader takes home, and the exactness count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from dsdlab.sweep.breakeven import BreakEven
+from dsdlab.sweep.keys import Condition
+
+if TYPE_CHECKING:
+    from dsdlab.sweep.stats import CellSummary
+
+
+def exact_line(exact: int, compared: int, generations: int) -> str:
+    """ "exact: N of N generations", saying how many had no reference to be compared with."""
+    line = f"exact: {exact} of {generations} generations"
+    return line if compared == generations else f"{line} ({generations - compared} not compared)"
+
+
+def _best_per_mode(found: Sequence[BreakEven]) -> list[BreakEven]:
+    """For each mode the window that tolerates most, the distributed modes first."""
+    best: dict[str, BreakEven] = {}
+    for item in found:
+        mode = item.variant.mode
+        if mode not in best or item.rtt_ms > best[mode].rtt_ms:
+            best[mode] = item
+    return sorted(best.values(), key=lambda b: (not b.variant.mode.startswith("dsd-"), b.variant.order))
+
+
+def _reach(item: BreakEven, grid: bool) -> str:
+    """Up to where it wins; `grid` spells out which RTTs were tried."""
+    interval = f" {item.interval_text}" if item.interval_text else ""
+    if item.state == "crosses":
+        return f"up to {item.bound(item.rtt_ms)} ms RTT{interval}"
+    tried = ""
+    if grid:
+        span = f"{item.grid_min_ms:g}–{item.grid_max_ms:g}" if item.grid_min_ms < item.grid_max_ms else ""
+        tried = f" ({span or f'{item.grid_min_ms:g}'} ms)"
+    return f"at {'every' if item.state == 'always' else 'no'} RTT tried{tried}{interval}"
+
+
+def setting(condition: Condition) -> str:
+    """What the verdict holds for: "modelled link, process runtime; greedy, unlimited rate, no loss"."""
+    runtime = "modelled nodes" if condition.runtime == "modelled" else f"{condition.runtime} runtime"
+    return f"{condition.link} link, {runtime}; {condition.label}"
+
+
+def verdict_sentence(
+    break_evens: Sequence[BreakEven],
+    cells: Sequence[CellSummary],
+    conditions: Sequence[Condition],
+    *,
+    good: int,
+) -> str:
+    """The verdict for the least constrained condition that was measured against `cloud-ar`."""
+    if not good:
+        return "No generation of this sweep succeeded; there is nothing to conclude."
+    streaming = [b for b in break_evens if b.baseline.mode == "cloud-ar"]
+    if not streaming:
+        modes = ", ".join(dict.fromkeys(cell.variant.mode for cell in cells))
+        return f"Nothing in this sweep can be compared with streaming (cloud-ar); it measured {modes}."
+    condition = next(c for c in conditions if any(b.condition == c for b in streaming))
+    here = [b for b in streaming if b.condition == condition]
+    best = _best_per_mode(here)
+    windows = {b.variant.mode: sum(o.variant.mode == b.variant.mode for o in here) for b in best}
+    clauses: list[str] = []
+    grids: set[tuple[float, float]] = set()
+    for item in best:
+        tried = f", best of {windows[item.variant.mode]} windows" if windows[item.variant.mode] > 1 else ""
+        name = item.variant.label.removesuffix(")") + f"{tried})" if tried else item.variant.label
+        verb = "" if clauses else "beats streaming from the target "
+        grid = (item.grid_min_ms, item.grid_max_ms)
+        clauses.append(f"{name} {verb}{_reach(item, grid not in grids)}")
+        if item.state != "crosses":
+            grids.add(grid)
+    others = len({b.condition for b in streaming}) - 1
+    more = f"; {others} more condition{'s' if others > 1 else ''} below" if others else ""
+    return f"With this pair, {'; '.join(clauses)} ({setting(condition)}{more})."

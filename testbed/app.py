@@ -1,0 +1,302 @@
+"""What the commands do: a sweep from scenario to report, one generation on a bed of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from dsdlab.models.loading import load_tokenizer
+from dsdlab.nodes.request import GenerationRequest
+from dsdlab.scenario import Scenario, ScenarioError, load_scenario
+from dsdlab.sim.link import LinkProfile
+from dsdlab.sweep.plan import Job, estimate_s, plan_jobs, remaining
+from dsdlab.sweep.provenance import provenance
+from dsdlab.sweep.references import ensure_references
+from dsdlab.sweep.rows import Row
+from dsdlab.sweep.runner import run_jobs
+from dsdlab.sweep.stats import Summary, summarise, summary_json
+from dsdlab.sweep.store import Store, StoreError, read_json, read_rows, write_json
+from dsdlab.sweep.workload import encode_prompt, load_prompts
+from testbed.controller import Testbed
+from testbed.sweepbed import SweepBed
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepResult:
+    """A finished (or refused) sweep, for the command to print."""
+
+    name: str
+    folder: Path
+    summary: Summary
+    report: Path
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            **summary_json(self.name, self.summary),
+            "folder": str(self.folder),
+            "report": str(self.report),
+        }
+
+
+def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple[Scenario, str, list[Job]]:
+    """Scenario, its text and every generation in order. Raises ScenarioError or ModelError."""
+    scenario, text = load_scenario(path, overrides)
+    prompts = load_prompts(scenario.workload, path)
+    if not scenario.models.target.startswith("emulated:"):
+        console.print(f"target [bold]{scenario.models.target}[/], drafter {scenario.models.drafter}")
+    tokenizer = load_tokenizer(scenario.models.target)
+    ids = [encode_prompt(p, tokenizer) for p in prompts]
+    limit = scenario.models.max_context - scenario.workload.max_new_tokens
+    for prompt, tokens in zip(prompts, ids, strict=True):
+        if len(tokens) > limit:
+            raise ScenarioError(
+                f"prompt {prompt.key} is {len(tokens)} tokens; with {scenario.workload.max_new_tokens} new "
+                f"ones the context of {scenario.models.max_context} allows {max(limit, 0)}"
+            )
+    return scenario, text, plan_jobs(scenario, prompts, ids)
+
+
+def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Console) -> None:
+    """What --dry-run prints: every cell, and how long it may take."""
+    from rich.table import Table
+
+    table = Table(title=f"{scenario.name}: {len(scenario.cells())} cells × {scenario.run.repeats} repeats")
+    for column in ("cell", "mode", "γ", "RTT ms", "rate Mbit/s", "loss %", "temperature"):
+        table.add_column(column, justify="left" if column in ("cell", "mode") else "right")
+    for cell in scenario.cells():
+        rate = "unlimited" if cell.rate_mbit is None else f"{cell.rate_mbit:g}"
+        table.add_row(
+            scenario.cell_id(cell), cell.mode, str(cell.gamma or "–"), f"{cell.rtt_ms:g}", rate,
+            f"{cell.loss_pct:g}", f"{cell.temperature:g}",
+        )  # fmt: skip
+    console.print(table)
+    _, link = scenario.run.runtime, scenario.run.link
+    seconds = estimate_s(jobs, scenario.workload.max_new_tokens)
+    console.print(f"{len(jobs)} generations, about {seconds / 60:.0f} min; link {link}; results to {folder}")
+
+
+def results_folder(out: Path, scenario: Scenario) -> Path:
+    """Where a scenario's results go: named by what determines them, so that a changed one starts anew."""
+    return out / f"{scenario.name}-{scenario.digest()}"
+
+
+async def sweep(
+    path: Path,
+    *,
+    overrides: dict[str, Any],
+    out: Path,
+    fresh: bool,
+    command: str,
+    console: Console,
+) -> SweepResult:
+    """Run what is missing of a scenario, then write the report. Ctrl-C leaves a resumable store."""
+    scenario, text, jobs = plan_sweep(path, overrides, console)
+    folder = results_folder(out, scenario)
+    if fresh and folder.exists():
+        aside = folder.with_name(f"{folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
+        folder.rename(aside)
+        console.print(f"earlier results moved to {aside}")
+    with Store(folder) as store:
+        for problem in store.problems:
+            console.print(f"[yellow]unreadable line set aside:[/] {problem}", highlight=False)
+        todo = remaining(jobs, store.rows)
+        if len(todo) < len(jobs):
+            console.print(f"{len(jobs) - len(todo)} of {len(jobs)} generations are already there")
+        if todo:
+            await _measure(scenario, text, jobs, todo, store, command, console)
+        rows = list(store.rows)
+    run = read_json(folder / "run.json") or {}
+    return SweepResult(scenario.name, folder, _summary(rows, jobs), write_report(folder, run, rows))
+
+
+def _summary(rows: Sequence[Row], jobs: Sequence[Job]) -> Summary:
+    expected: dict[str, int] = {}
+    for job in jobs:
+        expected[job.cell_id] = expected.get(job.cell_id, 0) + 1
+    return summarise(rows, expected=expected, allow_incomplete=True)
+
+
+async def _measure(
+    scenario: Scenario,
+    text: str,
+    jobs: Sequence[Job],
+    todo: Sequence[Job],
+    store: Store,
+    command: str,
+    console: Console,
+) -> None:
+    """References, then the bed, then every generation that is missing."""
+    folder = store.folder
+    with ExitStack() as stack:
+        progress = stack.enter_context(_progress(console))
+        task = progress.add_task("the target alone", total=None)
+
+        def on_reference(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        references, facts = await ensure_references(scenario, jobs, folder, on_reference)
+        progress.update(task, visible=False)
+        test = facts.get("selftest")
+        if test is not None and not test["exact"]:
+            console.print(
+                f"[red]this processor's arithmetic is not exact:[/] {test['differing']} of "
+                f"{test['elements']} logits differ; ids may too"
+            )
+        _write_run(scenario, text, folder, facts, command)
+        task = progress.add_task("starting nodes", total=None)
+        bed = Testbed(
+            folder / "bed",
+            target=scenario.models.target,
+            drafter=scenario.models.drafter,
+            precision=scenario.models.precision,
+            runtime=scenario.run.runtime,
+            link=scenario.run.link,
+            seed=scenario.run.seed,
+            edge_target="edge-sd" in scenario.grid.mode,
+            node_args=("--max-context", str(scenario.models.max_context)),
+        )
+        async with bed:
+            progress.update(task, description="sweeping", total=len(jobs), completed=len(jobs) - len(todo))
+            progress.reset(task, total=len(jobs), completed=len(jobs) - len(todo), description="sweeping")
+            await run_jobs(scenario, todo, references, SweepBed(bed), store, _show_row(progress, task))
+
+
+def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
+    def show(row: Row) -> None:
+        what = f"{row.mode} RTT {row.rtt_ms:g} ms ({row.link} link)"
+        if row.status != "ok":
+            progress.console.print(f"[yellow]{row.status}:[/] {what}: {row.error}", highlight=False)
+        elif row.exact is False:
+            progress.console.print(f"[red]not exact:[/] {what}, prompt {row.prompt}, seed {row.seed}")
+        timing = "" if row.tpot_ms is None else f" {row.tpot_ms:.0f} ms/token"
+        progress.update(task, advance=1, description=f"{what}{timing}")
+
+    return show
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _write_run(scenario: Scenario, text: str, folder: Path, facts: dict[str, Any], command: str) -> None:
+    """Provenance of the run; a resumed one keeps its first and lists the others."""
+    path = folder / "run.json"
+    now = provenance(command)
+    before = read_json(path)
+    run: dict[str, Any] = {
+        "name": scenario.name,
+        "title": scenario.title,
+        "scenario_text": text,
+        "scenario": scenario.model_dump(),
+        **now,
+        "models": {"target": facts.get("target", {}), "drafter": {"model_id": scenario.models.drafter}},
+        "runtime": scenario.run.runtime,
+        "link": scenario.run.link,
+        "selftest": facts.get("selftest"),
+        "cells": [
+            {"cell": scenario.cell_id(c), "generations": scenario.run.repeats, **c.model_dump()}
+            for c in scenario.cells()
+        ],
+        "resumed": [],
+    }
+    if before is not None:
+        run["started_at"] = before.get("started_at", now["started_at"])
+        run["resumed"] = [
+            *before.get("resumed", []),
+            {k: now[k] for k in ("started_at", "git", "kernel", "cpu")},
+        ]
+    write_json(path, run)
+
+
+def write_report(folder: Path, run: dict[str, Any], rows: Sequence[Row]) -> Path:
+    """Render `report.html`. Raises StoreError when it cannot be written or there is nothing to report."""
+    from dsdlab.report import render
+
+    try:
+        return render(run, rows, folder / REPORT, str(run.get("command", "")))
+    except OSError as e:
+        raise StoreError(f"cannot write {folder / REPORT}: {e.strerror}") from None
+    except ValueError as e:
+        raise StoreError(f"{folder}: {e}") from None
+
+
+def report(folder: Path) -> SweepResult:
+    """Render the report of an existing results folder again. Raises StoreError."""
+    if not (folder / "rows.jsonl").is_file():
+        raise StoreError(f"{folder} holds no rows.jsonl; allowed: a folder that a sweep wrote")
+    rows, problems = read_rows(folder)
+    for problem in problems:
+        sys.stderr.write(f"unreadable line left out: {problem}\n")
+    if not rows:
+        raise StoreError(f"{folder}/rows.jsonl holds no readable row")
+    run = read_json(folder / "run.json") or {}
+    summary = summarise(rows, allow_incomplete=True)
+    return SweepResult(str(run.get("name", folder.name)), folder, summary, write_report(folder, run, rows))
+
+
+async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict[str, Any]) -> None:
+    """One generation over a bed of its own: verifier process, link box, and the drafter in this process."""
+    from dsdlab.generate import show_generation
+    from dsdlab.node_process import drafter_node
+    from testbed.controller import CpuSplit, make_link, make_runtime
+    from testbed.runtimes.base import NodeSpec
+
+    if choice["max_new_tokens"] < 1 or not prompt.strip():
+        GenerationRequest([1] if prompt.strip() else [], max_new_tokens=choice["max_new_tokens"])
+    run_dir = Path(tempfile.mkdtemp(prefix="dsdlab-run-"))
+    runtime, link = make_runtime("process"), make_link("modelled")
+    try:
+        await runtime.start(run_dir)
+        edge = await link.start(run_dir)
+        await link.apply(profile)
+        spec = NodeSpec(
+            name="verifier",
+            args=(
+                "-m", "dsdlab", "node", "verifier", "--target", options.target,
+                "--drafter", options.drafter or "none", "--precision", options.precision,
+                "--max-context", str(options.max_context), "--control", "stdio",
+                "--host", "{host}", "--port", "0",
+            ),
+            cpus=CpuSplit.default().verifier,
+        )  # fmt: skip
+        verifier = await runtime.start_node(spec)
+        await link.set_target(verifier.endpoint(int(verifier.info["port"])))
+        edge_target = choice["mode"] == "edge-sd"
+        async with drafter_node(options, f"ws://{edge}/", edge_target=edge_target) as (node, _):
+            tokenizer = await asyncio.to_thread(load_tokenizer, options.target)
+            await show_generation(node, tokenizer, prompt, choice)
+    finally:
+        await asyncio.shield(asyncio.gather(runtime.stop(), link.stop()))
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+__all__ = ["SweepResult", "plan_sweep", "report", "results_folder", "run_once", "show_plan", "sweep"]

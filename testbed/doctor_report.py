@@ -1,0 +1,63 @@
+"""Print what the doctor found, and prove the engine exact on this processor."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from dsdlab.models.base import ModelError
+from dsdlab.models.zoo import ZOO, cache_dir
+from testbed.doctor import Finding, probe_host
+
+_STYLE = {"ok": "green", "missing": "yellow", "info": "dim"}
+
+
+def exactness(target: str) -> tuple[Finding, bool]:
+    """The self-test of the default target in bf16, if it is in the cache; False if it found a difference."""
+    if not (cache_dir() / "models" / target / "config.json").exists():
+        return Finding("exactness", "missing", f"{target} is not in the cache", "dsdlab run 'Hello'"), True
+    from dsdlab.models.selftest import selftest
+
+    from dsdlab.models.loading import EngineOptions, load_engine
+    from dsdlab.node_process import set_threads
+
+    set_threads(None)
+    result = selftest(load_engine(target, EngineOptions(slots=3)))
+    detail = (
+        f"{target} bf16: {result.elements} logits at {result.positions} positions, alone, in windows and "
+        f"in batches: {result.differing} differ"
+    )
+    if result.exact:
+        return Finding("exactness", "ok", detail), True
+    return Finding(
+        "exactness", "missing", detail, "try another precision; please report this processor"
+    ), False
+
+
+def show(as_json: bool, selftest: bool) -> int:
+    """Print the findings; the exit code: 1 if the engine is not exact here."""
+    findings = probe_host()
+    exact = True
+    if selftest:
+        try:
+            finding, exact = exactness(next(iter(ZOO)))
+        except ModelError as e:
+            finding = Finding("exactness", "missing", str(e))
+        findings.append(finding)
+    choice: dict[str, Any] = {"runtime": "process", "link": "modelled"}
+    if as_json:
+        click.echo(json.dumps({"findings": [asdict(f) for f in findings], "choice": choice, "exact": exact}))
+        return 0 if exact else 1
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for f in findings:
+        how = f"\n[dim]to get it: {f.how}[/]" if f.how and f.status == "missing" else ""
+        table.add_row(f"[{_STYLE[f.status]}]{f.status}[/]", f"[bold]{f.name}[/]", f"{f.detail}{how}")
+    console = Console()
+    console.print(table)
+    console.print("runs use: process runtime, modelled link")
+    return 0 if exact else 1

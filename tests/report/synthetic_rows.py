@@ -1,0 +1,210 @@
+"""TEST DATA: rows as a sweep would write them, played from known costs and acceptance plus noise.
+
+Nothing here is a measurement. `TRUTH` holds the parameters the statistics should find again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from dsdlab.sweep.rows import Row
+
+
+@dataclass(frozen=True)
+class Truth:
+    alpha: float = 0.62
+    t_draft_s: float = 0.004
+    t_verify1_s: float = 0.050
+    t_verify_row_s: float = 0.0022  # per drafted token in the window
+    edge_slowdown: float = 3.0
+    prefill_s: float = 0.110
+    noise: float = 0.03
+
+    def t_verify_s(self, gamma: int) -> float:
+        return self.t_verify1_s + self.t_verify_row_s * gamma
+
+
+TRUTH = Truth()
+VARIANTS = (("cloud-ar", 0), ("cloud-sd", 4), ("edge-sd", 4), ("dsd-sync", 4))
+PROMPTS = ("gsm8k-3", "humaneval-11", "cnndm-7", "chat-2")
+
+
+def generation(
+    mode: str,
+    gamma: int,
+    rtt_ms: float,
+    *,
+    prompt: str = PROMPTS[0],
+    rep: int = 0,
+    tokens: int = 48,
+    rate_mbit: float | None = None,
+    loss_pct: float = 0.0,
+    temperature: float = 0.0,
+    truth: Truth = TRUTH,
+) -> Row:
+    """One generation walked through window by window."""
+    key = f"{mode} {gamma} {rtt_ms} {rate_mbit} {loss_pct} {temperature}"
+    noise = np.random.default_rng(zlib.crc32(f"{key} {prompt} {rep}".encode()))
+    # acceptance belongs to prompt, seed and temperature: the same at every RTT, as with real ids
+    luck = np.random.default_rng(zlib.crc32(f"{prompt} {temperature} {gamma}".encode()))
+    alpha = float(np.clip(truth.alpha + luck.normal(0, 0.05) - 0.15 * (temperature > 0), 0.05, 0.95))
+    edge = mode == "edge-sd"
+    slow = truth.edge_slowdown if edge else 1.0
+
+    def jitter(seconds: float) -> float:
+        return seconds * float(np.exp(noise.normal(0, truth.noise)))
+
+    def flight(n_bytes: int) -> float:
+        if edge:
+            return 0.0
+        late = 0.2 if noise.random() < loss_pct / 100 else 0.0
+        return rtt_ms / 2e3 + (n_bytes * 8 / (rate_mbit * 1e6) if rate_mbit else 0.0) + late
+
+    events: list[tuple[str, float, float]] = []
+    commits: list[tuple[float, int]] = []
+    windows: list[tuple[int, int]] = []
+    t_draft, t_verify = [], []
+    up = {"Open": 320, "Draft": 0, "Close": 4}
+    down = {"Verdict": 0, "Commit": 0}
+    now, done = 0.0, 0
+    if not edge:
+        events.append(("flight_up", now, now := now + flight(320)))
+    while done < tokens:
+        first = not windows
+        if mode == "cloud-ar":
+            cost = jitter(truth.prefill_s if first else truth.t_verify1_s)
+            events.append(("verify" if first else "decode", now, now := now + cost))
+            arrival = now + flight(24)
+            drafted, accepted = 0, 0
+            down["Commit"] += 24
+        else:
+            drafted = min(gamma, tokens - done - 1) if tokens - done > 1 else 0
+            spent = jitter(truth.t_draft_s * slow) * drafted
+            t_draft.append(spent)
+            events.append(("draft", now, now := now + spent))
+            if mode == "dsd-sync":
+                size = 16 + 3 * drafted
+                up["Draft"] += size
+                events.append(("flight_up", now, now := now + flight(size)))
+            cost = jitter(truth.t_verify_s(drafted) * slow + (truth.prefill_s * slow if first else 0.0))
+            events.append(("verify", now, now := now + cost))
+            rejected = np.flatnonzero(luck.random(drafted) >= alpha)
+            accepted = int(rejected[0]) if rejected.size else drafted
+            down["Verdict" if mode == "dsd-sync" else "Commit"] += 22
+            arrival = now + flight(22)
+        t_verify.append(cost)
+        windows.append((drafted, accepted))
+        if not edge:
+            events.append(("flight_down", now, arrival))
+        if mode == "dsd-sync":
+            now = arrival
+        committed = min(accepted + 1, tokens - done)
+        done += committed
+        commits.append((arrival, committed))
+    ttft_s, last_s = commits[0][0], commits[-1][0]
+    gaps = np.diff([t for t, _ in commits])
+    tested = sum(a + (a < d) for d, a in windows)
+    return Row(
+        cell=f"{zlib.crc32(key.encode()):08x}",
+        rep=rep,
+        status="ok",
+        mode=mode,
+        policy="static",
+        gamma=gamma,
+        runtime="process",
+        link="modelled",
+        rtt_ms=rtt_ms,
+        rate_mbit=rate_mbit,
+        loss_pct=loss_pct,
+        temperature=temperature,
+        seed=1,
+        prompt=prompt,
+        tokens=done,
+        tpot_ms=(last_s - ttft_s) / (done - 1) * 1e3,
+        ttft_ms=ttft_s * 1e3,
+        itl_p95_ms=float(np.percentile(gaps, 95)) * 1e3,
+        alpha=sum(a for _, a in windows) / tested if tested else None,
+        tau=done / len(windows),
+        exact=True,
+        ids=list(range(done)),
+        finish="length",
+        windows=windows,
+        t_draft_s=t_draft,
+        t_verify_s=t_verify,
+        t_queue_s=[1e-4] * len(windows),
+        bytes_up={} if edge else up,
+        bytes_down={} if edge else down,
+        events=events,
+        rtt_measured_ms=rtt_ms + 0.3 + 0.05 * float(noise.random()),
+        started_at="2025-06-01T12:00:00+00:00",
+        wall_s=last_s + 0.01,
+    )
+
+
+def grid(
+    *,
+    rtts_ms: tuple[float, ...] = (0, 20, 50, 100, 150, 200),
+    variants: tuple[tuple[str, int], ...] = VARIANTS,
+    rates_mbit: tuple[float | None, ...] = (None,),
+    losses_pct: tuple[float, ...] = (0.0,),
+    temperatures: tuple[float, ...] = (0.0,),
+    prompts: tuple[str, ...] = PROMPTS,
+    reps: int = 3,
+    tokens: int = 48,
+    truth: Truth = TRUTH,
+) -> list[Row]:
+    """Every generation of a grid."""
+    return [
+        generation(
+            mode,
+            gamma,
+            rtt,
+            prompt=prompt,
+            rep=rep,
+            tokens=tokens,
+            rate_mbit=rate,
+            loss_pct=loss,
+            temperature=heat,
+            truth=truth,
+        )
+        for rep, heat, loss, rate, rtt, prompt, (mode, gamma) in itertools.product(
+            range(reps), temperatures, losses_pct, rates_mbit, rtts_ms, prompts, variants
+        )
+    ]
+
+
+def run_record(name: str = "quickstart") -> dict[str, Any]:
+    """A run.json as a sweep writes it, with values that are clearly made up."""
+    info = {
+        "tokenizer": "0f1e2d3c4b5a6978",
+        "vocab_size": 49152,
+        "max_context": 2048,
+        "eos_ids": [2],
+        "precision": "bf16",
+    }
+    return {
+        "name": name,
+        "scenario_text": f'# test data\nname = "{name}"\nmodes = ["cloud-ar", "dsd-sync"]\n',
+        "scenario": {"name": name},
+        "command": f"dsdlab sweep scenarios/{name}.toml",
+        "started_at": "2025-06-01T12:00:00+00:00",
+        "git": {"sha": "0123456789abcdef0123456789abcdef01234567", "dirty": True},
+        "packages": {"torch": "0.0", "transformers": "0.0", "numpy": "0.0"},
+        "kernel": "Linux 0.0 (test data)",
+        "cpu": "Imaginary CPU",
+        "cores": 2,
+        "sysctls": {"net.ipv4.tcp_congestion_control": "cubic", "net.ipv4.tcp_slow_start_after_idle": "0"},
+        "models": {
+            "target": {"model_id": "test-target", "n_params": 134_515_008, "digest": "ab" * 32, **info},
+            "drafter": {"model_id": "test-drafter", "n_params": 9_000_000, "digest": "cd" * 32, **info},
+        },
+        "runtime": "process",
+        "link": "modelled",
+        "selftest": {"exact": True, "positions": 512},
+        "cells": [],
+    }
