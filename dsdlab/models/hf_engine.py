@@ -54,8 +54,13 @@ class HFEngine(Engine):
     def rollback(self, slot: int, length: int) -> None:
         if not 0 <= length <= self._length[slot]:
             raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
+        self._drop(slot, self._length[slot] - length)
         self._length[slot] = length
-        self._cache[slot].crop(length)
+
+    def _drop(self, slot: int, n: int) -> None:
+        """Forget the last n positions; transformers takes a negative count for that in every version."""
+        if n:
+            self._cache[slot].crop(-n)
 
     def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:
         for c in chunks:
@@ -82,7 +87,7 @@ class HFEngine(Engine):
                 use_cache=True,
             ).logits[0, : len(block)]  # [rows, vocab]
             self._length[chunk.slot] = length + len(block)
-            self._cache[chunk.slot].crop(length + len(block))
+            self._drop(chunk.slot, BLOCK_ROWS - len(block))
             keep = max(0, at + len(block) - max(at, len(ids) - chunk.rows))
             if keep:
                 rows.append(logits[-keep:].float().cpu().numpy())

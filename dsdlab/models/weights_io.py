@@ -205,9 +205,7 @@ def _drafter_weights(path: Path, config: dict[str, Any]) -> LlamaWeights:
             raise ModelError(f"{path}: tensor {name}.weight or {name}.scale is missing")
         return Matrix(t[f"{name}.weight"], t[f"{name}.scale"])
 
-    shape = LlamaShape(
-        **{k: config[k] for k in LlamaShape.__dataclass_fields__}
-    )
+    shape = LlamaShape(**{k: config[k] for k in LlamaShape.__dataclass_fields__})
     embed = matrix("embed")
     head_ids = t.get("head.ids")
     if "head.weight" in t:

@@ -271,7 +271,8 @@ class Flow:
         self._rng = rng
         self._now_s = -math.inf
         self._last_arrival_s = -math.inf
-        self._tail: deque[Delivery] = deque()  # from the first loss that can still move, in order
+        self._lost: list[Delivery] = []  # losses whose retransmission can still move, in order
+        self._tail: deque[Delivery] = deque()  # everything from the first of them on
         self._tail_base_s = -math.inf  # arrival of what is in front of the tail
 
     def send(self, now_s: float, n_bytes: int) -> float:
@@ -329,8 +330,10 @@ class Flow:
         if losses:
             self._lose(delivery, now_s, end_s, losses, serialise_s + delay_s)
         elif self._tail:
-            self._acknowledge_late(delivery._own_s + link.back_s, now_s)
+            self._acknowledge_late(delivery._own_s + link.back_s)
         delivery.arrival_s = self._last_arrival_s = max(self._last_arrival_s, delivery._own_s)
+        if losses:
+            self._lost.append(delivery)
         if losses or self._tail:
             self._tail.append(delivery)
         return delivery
@@ -340,7 +343,12 @@ class Flow:
             raise ValueError(f"now_s: {now_s!r} is before {self._now_s!r} (a flow's time may not go back)")
         self._now_s = now_s
         tail = self._tail
-        while tail and tail[0]._retransmit_s <= now_s:  # arrived, or its retransmission is under way
+        if self._lost:  # a retransmission that is under way, or that three have asked for, moves no more
+            self._lost = [
+                d for d in self._lost if d._retransmit_s > now_s and d._followers < REORDER_SEGMENTS
+            ]
+        first = self._lost[0] if self._lost else None
+        while tail and tail[0] is not first:
             self._tail_base_s = tail.popleft().arrival_s
         if not tail:
             self._tail_base_s = self._last_arrival_s
@@ -368,12 +376,12 @@ class Flow:
         setattr(stats, recovery, getattr(stats, recovery) + 1)
         delivery._recovery = recovery
 
-    def _acknowledge_late(self, heard_s: float, now_s: float) -> None:
+    def _acknowledge_late(self, heard_s: float) -> None:
         """A segment behind the losses in the tail got through; the sender hears of it at `heard_s`."""
         link = self._link
         moved = False
-        for lost in self._tail:
-            if lost._retransmit_s <= max(heard_s, now_s):
+        for lost in self._lost:
+            if lost._retransmit_s <= heard_s:
                 continue
             lost._followers += 1
             known_s = heard_s + (0.0 if lost._followers >= REORDER_SEGMENTS else link.rtt_s / 4.0)

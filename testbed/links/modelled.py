@@ -11,7 +11,7 @@ input, each answered by {"op":"ok",…} or {"op":"error","message":…} with the
     {"op":"stats"}                                   counters, and how late bytes were written (ms)
     {"op":"stop"}, or the end of the input           end
 
-Overhead of a box with a zero profile, measured with an echo of 200 bytes: see `testbed/links/MODELLED.md`.
+How exact it is on this host: `python -m testbed.links.bench`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class ModelledLink(Link):
         except BaseException:
             await self.stop()
             raise
-        self.granted = {key: ready[key] for key in ("timer_slack", "nice") if key in ready}
+        self.granted = {key: ready[key] for key in ("timer_slack", "scheduling") if key in ready}
         return Endpoint(self._host, int(ready["port"]))
 
     async def _request(self, op: str, **fields: Any) -> dict[str, Any]:

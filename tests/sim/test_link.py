@@ -20,7 +20,7 @@ from dsdlab.sim.link import (
     wire_bytes,
 )
 
-BIG = settings(max_examples=150, deadline=None)
+BIG = settings(max_examples=60, deadline=None)
 
 
 @st.composite

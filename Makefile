@@ -1,0 +1,37 @@
+# The habits. Each target does its own set-up; the first run downloads, later ones start in seconds.
+SCENARIO ?= scenarios/quickstart.toml
+PY := .venv/bin/python
+
+.PHONY: sweep test lint bench report doctor clean
+
+sweep: .venv/ready
+	$(PY) -m dsdlab sweep $(SCENARIO)
+
+test: .venv/ready-dev lint
+	scripts/test-deps.sh
+	$(PY) -m pytest
+
+lint: .venv/ready-dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: .venv/ready
+	$(PY) -m bench.engine
+
+report: .venv/ready
+	for folder in results/*/rows.jsonl; do $(PY) -m dsdlab report "$$(dirname "$$folder")"; done
+
+doctor: .venv/ready
+	$(PY) -m dsdlab doctor
+
+clean:
+	rm -rf .venv build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.venv/ready: pyproject.toml scripts/setup.sh
+	scripts/setup.sh
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	scripts/setup.sh dev
+	@touch $@
