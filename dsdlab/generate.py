@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -59,9 +59,19 @@ async def show_generation(
     node: DrafterNode, tokenizer: Tokenizer | None, prompt: str, choice: dict[str, Any]
 ) -> GenerationRecord:
     """Generate with `choice` (mode, policy, gamma, temperature, seed, max_new_tokens) and print it."""
+    request = request_of(encode_prompt(Prompt("prompt", prompt), tokenizer), choice)
+    await node.ping(3)
+    record = await node.generate(request, TerminalText(tokenizer))
+    click.echo()
+    click.echo(click.style(summary(record, request), dim=True), err=True)
+    return record
+
+
+def request_of(prompt_ids: Sequence[int], choice: dict[str, Any]) -> GenerationRequest:
+    """A request from a command's options. Raises ModelError naming the option that is out of range."""
     try:
-        request = GenerationRequest(
-            prompt_ids=encode_prompt(Prompt("prompt", prompt), tokenizer),
+        return GenerationRequest(
+            prompt_ids=prompt_ids,
             mode=choice["mode"],
             policy=choice.get("policy", "static"),
             gamma=choice["gamma"],
@@ -70,11 +80,6 @@ async def show_generation(
         )
     except ValueError as e:
         raise ModelError(str(e)) from None
-    await node.ping(3)
-    record = await node.generate(request, TerminalText(tokenizer))
-    click.echo()
-    click.echo(click.style(summary(record, request), dim=True), err=True)
-    return record
 
 
 def summary(record: GenerationRecord, request: GenerationRequest) -> str:

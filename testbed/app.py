@@ -25,7 +25,6 @@ from rich.progress import (
 )
 
 from dsdlab.models.loading import load_tokenizer
-from dsdlab.nodes.request import GenerationRequest
 from dsdlab.scenario import Scenario, ScenarioError, load_scenario
 from dsdlab.sim.link import LinkProfile
 from dsdlab.sweep.plan import Job, estimate_s, plan_jobs, remaining
@@ -265,13 +264,12 @@ def report(folder: Path) -> SweepResult:
 
 async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict[str, Any]) -> None:
     """One generation over a bed of its own: verifier process, link box, and the drafter in this process."""
-    from dsdlab.generate import show_generation
+    from dsdlab.generate import request_of, show_generation
     from dsdlab.node_process import drafter_node
     from testbed.controller import CpuSplit, make_link, make_runtime
     from testbed.runtimes.base import NodeSpec
 
-    if choice["max_new_tokens"] < 1 or not prompt.strip():
-        GenerationRequest([1] if prompt.strip() else [], max_new_tokens=choice["max_new_tokens"])
+    request_of([1], choice)  # refuses bad options before anything is started
     run_dir = Path(tempfile.mkdtemp(prefix="dsdlab-run-"))
     runtime, link = make_runtime("process"), make_link("modelled")
     try:

@@ -33,6 +33,8 @@ def log_tail(path: Path, lines: int = TAIL_LINES, from_byte: int = 0) -> str:
         return ""
     return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
 
+PLAIN_ERROR = "dsdlab: error: "  # how the command line says what the user can mend
+
 
 class Child:
     """One child. Its standard error, and what it prints besides control lines, go to `log_path`.
@@ -128,6 +130,8 @@ class Child:
         if self._stopping:
             when += " (asked to)"
         tail = log_tail(self.log_path, from_byte=self._log_from)
+        if PLAIN_ERROR in tail:  # it said in one line what is wrong: nothing else matters
+            return f"{self.name}: {tail.rpartition(PLAIN_ERROR)[2]}"
         return f"{self.name} {how}{when}; {self.log_path}: {tail or '(nothing logged)'}"
 
     @property

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from dsdlab.models.base import Chunk, Engine, Logits, NoFreeSlot
 
 LARGEST_WINDOW = 17  # a window of 16 drafts and the token before it
-POSITIONS = 80  # enough to cross a boundary of the padded cache
+POSITIONS = 72  # enough to cross a boundary of the padded cache
 IdArray = npt.NDArray[np.int64]
 
 

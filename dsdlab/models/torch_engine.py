@@ -37,7 +37,8 @@ def _linear(matrix: Matrix, precision: str, device: torch.device) -> Linear:
             scale = (w.abs().amax(dim=1) / 127.0).clamp_min(1e-12).to(torch.bfloat16)
             weight = (w / scale.to(torch.float32)[:, None]).round().clamp(-127, 127).to(torch.int8)
         else:
-            weight, scale = matrix.weight.contiguous(), matrix.scale.to(torch.bfloat16)
+            # cloned: the kernel loads whole vectors, and memory mapped from a file need not be aligned
+            weight, scale = matrix.weight.clone(), matrix.scale.to(torch.bfloat16).clone()
         return lambda x: torch._weight_int8pack_mm(x, weight, scale)
     dense = matrix.dense(torch.float32 if precision == "fp32" else torch.bfloat16).to(device)
     return lambda x: F.linear(x, dense)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import os
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -217,7 +218,8 @@ def _why_not(error: BaseException, timeout_s: float) -> str | None:
         case aiohttp.ClientConnectorDNSError():
             return f"host name {error.host!r} not found"
         case aiohttp.ClientConnectorError():
-            return one_line(error.os_error.strerror or str(error.os_error))
+            number = error.os_error.errno
+            return os.strerror(number).lower() if number and number > 0 else one_line(str(error.os_error))
         case aiohttp.ServerDisconnectedError():
             return "no WebSocket there (the connection was closed at once)"
         case aiohttp.ClientError() | OSError() | ValueError():

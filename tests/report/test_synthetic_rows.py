@@ -29,9 +29,7 @@ def test_inputs_are_recovered(summary: stats.Summary) -> None:
 
 def test_break_even_interval_holds_the_solved_one(summary: stats.Summary) -> None:
     solved_ms = 1e3 * float(
-        theory.break_even_rtt_s(
-            TRUTH.alpha, 4, TRUTH.t_draft_s, TRUTH.t_verify_s(4), TRUTH.t_verify1_s
-        )
+        theory.break_even_rtt_s(TRUTH.alpha, 4, TRUTH.t_draft_s, TRUTH.t_verify_s(4), TRUTH.t_verify1_s)
     )
     by_mode = {b.variant.mode: b for b in summary.break_evens if b.baseline.mode == "cloud-ar"}
     sync = by_mode["dsd-sync"]

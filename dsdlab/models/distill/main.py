@@ -1,0 +1,290 @@
+"""`dsdlab distill`: from a target to a drafter file, in resumable stages."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsdlab.models.distill.config import DistillConfig, ShapeConfig, load_config
+from dsdlab.models.distill.evaluate import draft_ms, judge, predict_tpot, summary
+from dsdlab.models.distill.prompts import (
+    Prompt,
+    Template,
+    builtin,
+    from_files,
+    read_jsonl,
+    self_written,
+    split_of,
+)
+from dsdlab.models.distill.store import Example, generate_shards, load_shard
+from dsdlab.models.distill.student import Student, build, export, load_exported, map_inputs, rank_rows, trim
+from dsdlab.models.distill.tables import report
+from dsdlab.models.distill.teacher import Teacher
+from dsdlab.models.distill.train import Pool, keep_memory, train
+from dsdlab.models.loading import eos_of, resolve_device
+from dsdlab.models.tokenizer import Tokenizer
+from dsdlab.models.weights_io import load_llama_dir
+from dsdlab.models.zoo import fetch
+
+Say = Callable[[str], None]
+SPECIAL_IDS = 3  # end of text and the turn marks are always kept
+SAMPLE_TOKENS = 200  # length of the texts on which neurons are ranked
+
+
+def run(
+    config_path: Path,
+    out_dir: Path,
+    resume: bool = False,
+    prompt_files: Sequence[str] = (),
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Distil a drafter as `config_path` says; everything lands in `out_dir`.
+
+    resume: go on where an earlier run in the same folder stopped. prompt_files: further jsonl files.
+    Returns the report, which is also in out_dir/report.json and report.md. Raises ValueError or ModelError
+    with one line for the user.
+    """
+    config = load_config(config_path)
+    say = say or _say
+    if not resume and out_dir.exists() and any(out_dir.iterdir()):
+        raise ValueError(f"{out_dir} is not empty; allowed: an empty or new folder, or --resume")
+    out_dir.mkdir(parents=True, exist_ok=True)
+    keep_memory()
+    torch.set_num_threads(config.threads)
+    device = resolve_device(config.device)
+    folder = fetch(config.target)
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    teacher = Teacher(load_llama_dir(folder, ""), device)
+    say(f"target {config.target}: {len(teacher.layers)} layers, on {device}")
+
+    data = out_dir / "data"
+    files = [*config.prompts.files, *prompt_files]
+    prompts = gather_prompts(config, files, teacher, Template(tokenizer), out_dir / "prompts.json", say)
+    stops = eos_of(folder)
+    make_data(config, teacher, prompts, data, stops, say)
+    counts = token_counts(data, teacher.vocab)
+
+    validation = [e for path in sorted(data.glob("validation-*.pt")) for e in load_shard(path)]
+    candidates = [
+        distil_shape(config, shape, teacher, tokenizer, data, counts, validation, out_dir, say)
+        for shape in config.shapes
+    ]
+    best = min(candidates, key=lambda c: sum(c["tpot_ms"].values()) / len(c["tpot_ms"]))
+    say(f"best by predicted time per token: {best['shape']}")
+    chosen = Path(out_dir / config.output)
+    chosen.write_bytes((out_dir / best["file"]).read_bytes())
+    test = [e for path in sorted(data.glob("test-*.pt")) for e in load_shard(path)]
+    student, _ = load_exported(chosen)
+    final = summary(
+        judge(student, teacher.head, test, device=device, noise_seeds=config.evaluate.seeds,
+              temperature=config.generate.temperature),
+        config.evaluate.gamma,
+    )  # fmt: skip
+    result = {"chosen": best["shape"], "file": str(chosen), "test": final, "candidates": candidates}
+    (out_dir / "report.json").write_text(json.dumps(result, indent=1))
+    (out_dir / "report.md").write_text(report(result))
+    say(f"test: greedy acceptance {final['alpha']:.3f}, with prompt lookup {final['alpha_lookup_first']:.3f}")
+    return result
+
+
+def _say(line: str) -> None:
+    """One progress line on standard error."""
+    import sys
+
+    sys.stderr.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stderr.flush()
+
+
+def gather_prompts(
+    config: DistillConfig, files: Sequence[str], teacher: Teacher, template: Template, cache: Path, say: Say
+) -> list[Prompt]:
+    """All prompts of all splits; the self-written ones are kept in `cache`."""
+    out = from_files(config.prompts, files, template, config.seed)
+    if config.prompts.builtin:
+        out += builtin(template)
+    if sum(config.prompts.self_written.values()):
+        if cache.exists():
+            saved = json.loads(cache.read_text())
+            out += [Prompt(task, split, tuple(ids), on_prompt) for task, split, ids, on_prompt in saved]
+        else:
+            say("prompts: the target writes user turns")
+            fresh = self_written(
+                teacher, template, config.prompts.self_written, openings(files, config.seed),
+                seed=config.seed, batch=config.generate.batch,
+            )  # fmt: skip
+            cache.write_text(json.dumps([[p.task, p.split, p.ids, p.on_prompt] for p in fresh]))
+            out += fresh
+    if not any(p.split == "train" for p in out):
+        raise ValueError("prompts: none to train on; allowed: builtin = true, self_written counts, or files")
+    say(f"prompts: {', '.join(f'{n:,} {split}' for split, n in _count(p.split for p in out).items())}")
+    return out
+
+
+def _count(names: Any) -> dict[str, int]:
+    out: dict[str, int] = {}
+    for name in names:
+        out[name] = out.get(name, 0) + 1
+    return out
+
+
+def openings(files: Sequence[str], seed: int) -> dict[str, list[str]]:
+    """First words of training prompts, from which the target writes prompts of the same kind."""
+    rng = random.Random(seed)
+    out: dict[str, list[str]] = {"maths": [], "article": [], "code": []}
+    for name in files:
+        stem = Path(name).stem
+        for text in read_jsonl(Path(name)):
+            if split_of(text) != "train":
+                continue
+            words = text.split(" ")
+            if "gsm" in stem:
+                out["maths"].append(" ".join(words[: rng.randint(2, 5)]))
+            elif "cnn" in stem:
+                out["article"].append(" ".join(words[: rng.randint(6, 14)]))
+            elif "def " in text:
+                out["code"].append(text[: text.index("def ") + 3])
+    return out
+
+
+def make_data(
+    config: DistillConfig,
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    data: Path,
+    stops: Sequence[int],
+    say: Say,
+) -> None:
+    """Held-out answers (greedy and sampled), then training text until the budget is met."""
+    held = config.generate.model_copy(
+        update={
+            "max_new_tokens": config.evaluate.max_new_tokens,
+            "continuations": {"default": 2},
+            "minutes": 0.0,
+        }
+    )
+    for split in ("validation", "test"):
+        seen: dict[str, int] = {}
+        mine = []
+        for p in (p for p in prompts if p.split == split):
+            seen[p.task] = seen.get(p.task, 0) + 1
+            if seen[p.task] <= config.evaluate.prompts_per_task:
+                mine.append(p)
+        if not mine:
+            raise ValueError(f"prompts: none held out for {split}; give more prompts or builtin = true")
+        generate_shards(
+            teacher, mine, held, data, prefix=split, stop_ids=stops, seed=config.seed + 1, say=say
+        )
+    training = [p for p in prompts if p.split == "train"]
+    generate_shards(
+        teacher,
+        training,
+        config.generate,
+        data,
+        prefix="train",
+        stop_ids=stops,
+        seed=config.seed + 2,
+        say=say,
+    )
+
+
+def token_counts(data: Path, vocab: int) -> Tensor:
+    """How often each id occurs in training text, every task weighing about the same: [vocab]."""
+    by_task: dict[str, Tensor] = {}
+    for path in sorted(data.glob("train*.pt")):
+        for e in load_shard(path):
+            counts = by_task.setdefault(e.task, torch.zeros(vocab))
+            ones = torch.ones(len(e.ids))
+            ones[: e.prompt_len] = 0.3
+            counts.index_add_(0, e.ids.long(), ones)
+    total = torch.zeros(vocab)
+    for counts in by_task.values():
+        total += counts / counts.sum() * min(1.0, float(counts.sum()) / 20_000)
+    return total * 1e6
+
+
+def distil_shape(
+    config: DistillConfig,
+    shape: ShapeConfig,
+    teacher: Teacher,
+    tokenizer: Tokenizer,
+    data: Path,
+    counts: Tensor,
+    validation: Sequence[Example],
+    out_dir: Path,
+    say: Say,
+) -> dict[str, Any]:
+    """Train, export and judge one shape; a finished one is read back from its result file."""
+    done = out_dir / f"{shape.name}.json"
+    if done.exists():
+        result: dict[str, Any] = json.loads(done.read_text())
+        say(f"{shape.name}: already trained")
+        return result
+    device = str(teacher.device)
+    head_ids = rank_rows(counts, shape.rows, range(SPECIAL_IDS))
+    pool = Pool(data, "train", config.train.seed)
+    pool.refresh()
+    texts = [p.ids[:SAMPLE_TOKENS] for p in pool.packs if len(p.ids) >= SAMPLE_TOKENS][:24]
+    shortest = min((len(p.ids) for p in pool.packs), default=1)
+    sample = torch.stack(texts or [p.ids[:shortest] for p in pool.packs[:24]])
+    student = build(shape, teacher, head_ids, map_inputs(teacher.embed.cpu(), head_ids), sample, config.seed)
+    greedy = [e for e in validation if e.temperature == 0]
+
+    def look(model: Student) -> dict[str, Any]:
+        found = summary(judge(model, teacher.head, greedy, device=device), config.evaluate.gamma)
+        return {
+            "alpha": round(found["alpha"], 4),
+            "lookup_first": round(found["alpha_lookup_first"], 4),
+            "tasks": {task: round(v["alpha"], 4) for task, v in found["tasks"].items()},
+        }
+
+    progress = train(
+        student, teacher.head[head_ids.to(teacher.device).long()], pool, config.train,
+        checkpoint=out_dir / f"{shape.name}.checkpoint.pt", resume=True, say=say, judge=look, device=device,
+    )  # fmt: skip
+    student.cpu()
+    if shape.export_rows:
+        student = trim(student, shape.export_rows, counts, teacher.embed.cpu())
+    file = out_dir / f"{shape.name}.safetensors"
+    recipe = {
+        "shape": shape.name,
+        "init": shape.init,
+        "target_layers": shape.layers,
+        "positions": progress.positions,
+        "training_seconds": round(progress.seconds),
+        "seed": config.train.seed,
+        "on_policy_positions": pool.positions,
+    }
+    size = export(
+        student, file, vocab=teacher.vocab, base=config.base, tokenizer=tokenizer.fingerprint, recipe=recipe
+    )
+    exported, _ = load_exported(file)
+    judged = judge(exported, teacher.head, greedy, device=device)
+    t_draft_ms = draft_ms(exported.cpu())
+    cost = config.evaluate
+    tpot = {
+        f"{rtt_ms:g}": predict_tpot(
+            judged, t_draft_ms, rtt_ms=rtt_ms, t_verify_ms=cost.t_verify_ms, slope=cost.verify_slope
+        )[0]
+        for rtt_ms in cost.rtts_ms
+    }
+    result = {
+        "shape": shape.name,
+        "file": file.name,
+        "bytes": size,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "t_draft_ms": t_draft_ms,
+        "tpot_ms": tpot,
+        "validation": summary(judged, cost.gamma),
+        "curve": progress.curve,
+        "recipe": recipe,
+    }
+    done.write_text(json.dumps(result, indent=1))
+    say(f"{shape.name}: {size:,} bytes, {t_draft_ms:.2f} ms a token, predicted ms per token {tpot}")
+    return result
