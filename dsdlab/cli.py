@@ -298,6 +298,30 @@ def run(prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
 
 
 @main.command()
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="TOML; default: how the shipped one was made."
+)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("results/distill"), show_default=True)
+@click.option("--resume", is_flag=True, help="Go on in a folder that is not empty.")
+@click.argument("prompts", nargs=-1, type=click.Path())
+def distill(config: Path | None, out: Path, resume: bool, prompts: tuple[str, ...]) -> None:
+    """Train a drafter for a target; PROMPTS are JSONL files beside the built-in and self-written ones."""
+
+    def action() -> Any:
+        from dsdlab.models.base import ModelError
+        from dsdlab.models.distill import main as distillation
+
+        path = config or Path(distillation.__file__).with_name("default.toml")
+        try:
+            return distillation.run(path, out, resume, prompts)
+        except ValueError as e:
+            raise ModelError(str(e)) from None
+
+    result = guarded(action)
+    click.echo(f"best shape: {result['chosen']}; weights: {result['file']}")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option(
     "--selftest/--no-selftest", default=True, help="Prove the engine's exactness on this processor."

@@ -33,6 +33,7 @@ def log_tail(path: Path, lines: int = TAIL_LINES, from_byte: int = 0) -> str:
         return ""
     return " | ".join([line.strip() for line in text.splitlines() if line.strip()][-lines:])
 
+
 PLAIN_ERROR = "dsdlab: error: "  # how the command line says what the user can mend
 
 
