@@ -35,7 +35,7 @@ from dsdlab.sweep.runner import run_jobs
 from dsdlab.sweep.stats import Summary, summarise, summary_json
 from dsdlab.sweep.store import Store, StoreError, read_json, read_rows, write_json
 from dsdlab.sweep.workload import encode_prompt, load_prompts
-from testbed.controller import Testbed
+from testbed.controller import CpuSplit, Testbed, make_link, make_runtime
 from testbed.sweepbed import SweepBed
 
 REPORT = "report.html"
@@ -149,12 +149,13 @@ async def _measure(
     folder = store.folder
     with ExitStack() as stack:
         progress = stack.enter_context(_progress(console))
+        cpus = CpuSplit.default()
         task = progress.add_task("the target alone", total=None)
 
         def on_reference(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        references, facts = await ensure_references(scenario, jobs, folder, on_reference)
+        references, facts = await ensure_references(scenario, jobs, folder, cpus.verifier, on_reference)
         progress.update(task, visible=False)
         test = facts.get("selftest")
         if test is not None and not test["exact"]:
@@ -172,6 +173,7 @@ async def _measure(
             runtime=scenario.run.runtime,
             link=scenario.run.link,
             seed=scenario.run.seed,
+            cpus=cpus,
             edge_target="edge-sd" in scenario.grid.mode,
             node_args=("--max-context", str(scenario.models.max_context)),
         )
@@ -266,7 +268,6 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
     """One generation over a bed of its own: verifier process, link box, and the drafter in this process."""
     from dsdlab.generate import request_of, show_generation
     from dsdlab.node_process import drafter_node
-    from testbed.controller import CpuSplit, make_link, make_runtime
     from testbed.runtimes.base import NodeSpec
 
     request_of([1], choice)  # refuses bad options before anything is started

@@ -3,14 +3,14 @@
 Exactness. A row's logits must not depend on how many rows are computed with it, or a near-tie would
 flip a token and the output would depend on the window. So every kernel here runs in a shape regime in
 which a row's bits are independent of the other rows: linears on at least `min_rows` rows (the one-row
-path of a BLAS rounds differently), attention with a fixed count of query rows per block over the
-padded cache, everything else elementwise or row-wise. `dsdlab.models.selftest` proves it on the
+path of a BLAS rounds differently), attention with a fixed count of query rows per block over a
+padded cache whose length follows from the row's position, everything else elementwise or row-wise. `dsdlab.models.selftest` proves it on the
 processor at hand. docs/exactness.md has the measurements behind the choices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -228,16 +228,17 @@ class TorchEngine(Engine):
     def _attention_plans(
         self, part: list[tuple[int, list[int], int]]
     ) -> list[tuple[int, int, int, int, int, torch.Tensor]]:
-        """Per entry: slot, first row, rows, first position, visible cache, additive mask of its blocks.
+        """Per run of rows: slot, first row, rows, first position, visible cache, additive mask of its blocks.
 
         The mask is [blocks, 1, group · query_block, visible]: 0 where a query may look, -inf elsewhere.
+        A run ends where the visible cache grows, so that its length, over which the kernel sums in steps
+        of its own choice, is a function of the position alone and not of what is computed with it.
         """
         plans = []
         row = 0
         group = self._shape.num_heads // self._shape.num_kv_heads
-        for slot, ids, _ in part:
-            start, count = self._length[slot], len(ids)
-            visible = min(-(-(start + count) // KV_BLOCK) * KV_BLOCK, self.info.max_context)
+        for slot, start, count in self._runs(part):
+            visible = min((start // KV_BLOCK + 1) * KV_BLOCK, self.info.max_context)
             blocks = -(-count // self._query_block)
             last = torch.arange(blocks * self._query_block, device=self._device).clamp_(max=count - 1) + start
             look = torch.arange(visible, device=self._device) <= last[:, None]
@@ -248,6 +249,15 @@ class TorchEngine(Engine):
             plans.append((slot, row, count, start, visible, mask))
             row += count
         return plans
+
+    def _runs(self, part: list[tuple[int, list[int], int]]) -> Iterator[tuple[int, int, int]]:
+        """(slot, first position, rows) of each entry, cut at the multiples of KV_BLOCK."""
+        for slot, ids, _ in part:
+            start, end = self._length[slot], self._length[slot] + len(ids)
+            while start < end:
+                cut = min(end, (start // KV_BLOCK + 1) * KV_BLOCK)
+                yield slot, start, cut - start
+                start = cut
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """q [rows, heads, head_dim] over k, v [kv_heads, visible, head_dim] → [rows, heads · head_dim].

@@ -7,6 +7,7 @@ Reads one JSON object from standard input, prints JSON lines: {"op":"selftest", 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from typing import Any
@@ -20,6 +21,7 @@ from dsdlab.models.loading import EngineOptions, load_engine
 def main() -> int:
     """Exit code 2 and one line on standard error for a model that cannot be used."""
     ask = json.load(sys.stdin)
+    os.sched_setaffinity(0, ask["cpus"])
     options = EngineOptions(precision=ask["precision"], slots=3, max_context=ask["max_context"])
     emulated = ask["target"].startswith("emulated:")
     try:

@@ -18,11 +18,16 @@ References = dict[str, list[int]]
 
 
 async def ensure_references(
-    scenario: Scenario, jobs: Sequence[Job], folder: Path, on_progress: Callable[[int, int], None]
+    scenario: Scenario,
+    jobs: Sequence[Job],
+    folder: Path,
+    cpus: Sequence[int],
+    on_progress: Callable[[int, int], None],
 ) -> tuple[References, dict[str, Any]]:
     """References by key, and {"info": model, "selftest": result}; computes what the folder lacks.
 
-    The work runs in a process of its own, over before any node starts. Raises ModelError.
+    The work runs in a process of its own on `cpus`, the verifier's cores, with as many threads as the
+    verifier will have, and is over before any node starts. Raises ModelError.
     """
     path = folder / "references.json"
     known = read_json(path) or {}
@@ -33,6 +38,7 @@ async def ensure_references(
         return references, facts
     models, workload = scenario.models, scenario.workload
     ask = {
+        "cpus": list(cpus),
         "target": models.target,
         "precision": models.precision,
         "max_context": models.max_context,

@@ -15,7 +15,7 @@ from tokenizers.trainers import BpeTrainer
 from dsdlab.models.base import Chunk, ModelInfo
 from dsdlab.models.distill import kernels
 from dsdlab.models.distill.config import ShapeConfig, load_config
-from dsdlab.models.distill.evaluate import Judged, by_position, judge, lookup, tau, windows
+from dsdlab.models.distill.evaluate import Judged, by_position, by_position_95, judge, lookup, tau, windows
 from dsdlab.models.distill.main import run
 from dsdlab.models.distill.prompts import read_jsonl, split_of
 from dsdlab.models.distill.store import Example
@@ -310,7 +310,12 @@ def test_windows_replay() -> None:
     assert windows([], 4) == []
     one = Judged("t", 0.0, hits, hits, [False] * 10, 0.0, 0.0)
     assert tau([one], 3) == (3 + 2 + 4) / 3
-    assert by_position([one], 3) == [1.0, 2 / 3, 0.5 + 0.0]
+    assert by_position([one], 3) == [1.0, 2 / 3, 0.5]
+    assert by_position_95([one], 3) == [(x, x) for x in by_position([one], 3)]  # one answer: nothing to vary
+    other = Judged("t", 0.0, [False] * 9, [False] * 9, [False] * 9, 0.0, 0.0)
+    low, high = by_position_95([one, other], 3)[0]
+    assert low == 0.0
+    assert high == 1.0
 
 
 def test_judge_of_the_target_itself_and_of_a_stranger(teacher: Teacher) -> None:

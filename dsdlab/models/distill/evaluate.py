@@ -139,16 +139,34 @@ def tau(results: Sequence[Judged], gamma: int, which: str = "neural") -> float:
     return sum(whole) / len(whole) if whole else 1.0
 
 
+def _tallies(results: Sequence[Judged], gamma: int, which: str) -> Tensor:
+    """Per greedy answer and place in the window: tested, accepted [answers, 2, gamma]."""
+    greedy = [r for r in results if r.temperature == 0]
+    out = torch.zeros(len(greedy), 2, gamma, dtype=torch.float64)
+    for answer, r in zip(out, greedy, strict=True):
+        for drafted, accepted in windows(getattr(r, which), gamma):
+            answer[0, : min(drafted, accepted + 1)] += 1
+            answer[1, :accepted] += 1
+    return out
+
+
 def by_position(results: Sequence[Judged], gamma: int, which: str = "neural") -> list[float]:
     """Acceptance at each place of the window, given that all before it were accepted."""
-    tested, taken = [0] * gamma, [0] * gamma
-    for r in results:
-        if r.temperature == 0:
-            for drafted, accepted in windows(getattr(r, which), gamma):
-                for place in range(min(drafted, accepted + 1)):
-                    tested[place] += 1
-                    taken[place] += place < accepted
-    return [a / max(1, b) for a, b in zip(taken, tested, strict=True)]
+    tested, taken = _tallies(results, gamma, which).sum(0)
+    return [float(x) for x in taken / tested.clamp_min(1)]
+
+
+def by_position_95(
+    results: Sequence[Judged], gamma: int, which: str = "neural", draws: int = 1000, seed: int = 1
+) -> list[tuple[float, float]]:
+    """Bootstrap 95 % interval of each entry of `by_position`, answers resampled whole."""
+    tallies = _tallies(results, gamma, which)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randint(len(tallies), (draws, len(tallies)), generator=generator)
+    sums = tallies[chosen].sum(1)  # [draws, 2, gamma]
+    rates = sums[:, 1] / sums[:, 0].clamp_min(1)
+    low, high = rates.quantile(0.025, dim=0), rates.quantile(0.975, dim=0)
+    return [(float(a), float(b)) for a, b in zip(low, high, strict=True)]
 
 
 def tasks_of(results: Sequence[Judged]) -> list[str]:
@@ -179,6 +197,8 @@ def summary(results: Sequence[Judged], gamma: int) -> dict[str, Any]:
             "tau": tau(mine, gamma),
             "tau_lookup_first": tau(mine, gamma, "either"),
             "by_position": by_position(mine, gamma),
+            "by_position_95": by_position_95(mine, gamma) if greedy else None,
+            "by_position_lookup_first_95": by_position_95(mine, gamma, "either") if greedy else None,
             "by_position_lookup_first": by_position(mine, gamma, "either"),
             "overlap": sum(r.overlap for r in warm) / max(1, len(warm)),
             "coupled": sum(r.coupled for r in warm) / max(1, len(warm)),

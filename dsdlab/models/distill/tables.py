@@ -32,10 +32,13 @@ def acceptance(found: dict[str, Any]) -> str:
 
 
 def positions(found: dict[str, Any], key: str = "by_position") -> str:
-    """Acceptance at each place of the window, given that all places before it were accepted."""
+    """Acceptance at each place of the window, given that all places before it were accepted (95 %)."""
     gamma = found["gamma"]
     lines = [_row("task", *range(1, gamma + 1)), "|" + "---|" * (gamma + 1)]
-    lines += [_row(task, *t[key]) for task, t in found["tasks"].items()]
+    for task, t in found["tasks"].items():
+        spans = t[key + "_95"] or [(float("nan"), float("nan"))] * gamma
+        cells = [f"{x:.2f} ({low:.2f}–{high:.2f})" for x, (low, high) in zip(t[key], spans, strict=True)]
+        lines.append(_row(task, *cells))
     return "\n".join(lines)
 
 
