@@ -1,7 +1,8 @@
-"""Any causal LM that transformers can load: slower than the torch engine, as correct.
+"""Any causal LM that transformers can load: slower than the torch engine, as exact.
 
-Every forward has the same number of rows: shorter chunks are padded behind their end, where causal
-attention hides the padding, and the cache is cropped afterwards. One shape means one rounding.
+Every position is computed in the same block of 8 aligned rows over a cache of the same length, whoever asks
+for it and with whatever beside it: a partial block is padded behind its end, where causal attention hides
+the padding, and computed again when it grows. Same shapes, same rounding, on any device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class HFEngine(Engine):
-    """One transformers model; each session has its own dynamic cache."""
+    """One transformers model; each session has its own dynamic cache, which holds whole blocks only."""
 
     def __init__(self, model: Any, info: ModelInfo, slots: int = 8) -> None:
         self.info = info
@@ -31,7 +32,7 @@ class HFEngine(Engine):
         self._free = list(range(slots))[::-1]
         self._slots = slots
         self._cache: dict[int, Any] = {}
-        self._length: dict[int, int] = {}
+        self._ids: dict[int, list[int]] = {}
 
     def open(self) -> int:
         from transformers import DynamicCache
@@ -40,22 +41,24 @@ class HFEngine(Engine):
             raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
         slot = self._free.pop()
         self._cache[slot] = DynamicCache()  # full-length layers: a window's crop must never lose keys
-        self._length[slot] = 0
+        self._ids[slot] = []
         return slot
 
     def close(self, slot: int) -> None:
         if self._cache.pop(slot, None) is not None:
-            del self._length[slot]
+            del self._ids[slot]
             self._free.append(slot)
 
     def length(self, slot: int) -> int:
-        return self._length[slot]
+        return len(self._ids[slot])
 
     def rollback(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self._length[slot]:
-            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
-        self._drop(slot, self._length[slot] - length)
-        self._length[slot] = length
+        ids = self._ids[slot]
+        if not 0 <= length <= len(ids):
+            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {len(ids)}")
+        whole = len(ids) // BLOCK_ROWS - length // BLOCK_ROWS
+        del ids[length:]
+        self._drop(slot, whole * BLOCK_ROWS)
 
     def _drop(self, slot: int, n: int) -> None:
         """Forget the last n positions; transformers takes a negative count for that in every version."""
@@ -64,34 +67,34 @@ class HFEngine(Engine):
 
     def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:
         for c in chunks:
-            if self._length[c.slot] + len(c.ids) > self.info.max_context:
+            total = len(self._ids[c.slot]) + len(c.ids)
+            if total > self.info.max_context:
                 raise ContextFull(
-                    f"{self._length[c.slot] + len(c.ids)} positions; {self.info.model_id} is loaded for "
-                    f"{self.info.max_context}"
+                    f"{total} positions; {self.info.model_id} is loaded for {self.info.max_context}"
                 )
         with torch.inference_mode():
             return [self._extend_one(c) for c in chunks]
 
     def _extend_one(self, chunk: Chunk) -> Logits:
-        ids = list(chunk.ids)
-        rows: list[np.ndarray] = []
-        for at in range(0, len(ids), BLOCK_ROWS):
+        ids = self._ids[chunk.slot]
+        start = len(ids) // BLOCK_ROWS * BLOCK_ROWS  # the cache ends here
+        ids += chunk.ids
+        wanted = len(ids) - chunk.rows  # first position whose logits are asked for
+        rows: list[Logits] = []
+        for at in range(start, len(ids), BLOCK_ROWS):
             block = ids[at : at + BLOCK_ROWS]
-            length = self._length[chunk.slot]
-            padded = torch.tensor([block + [0] * (BLOCK_ROWS - len(block))], device=self._model.device)
-            positions = torch.arange(length, length + BLOCK_ROWS, device=self._model.device)[None]
+            padding = BLOCK_ROWS - len(block)
             logits = self._model(
-                input_ids=padded,
-                position_ids=positions,
+                input_ids=torch.tensor([block + [0] * padding], device=self._model.device),
+                position_ids=torch.arange(at, at + BLOCK_ROWS, device=self._model.device)[None],
                 past_key_values=self._cache[chunk.slot],
                 use_cache=True,
             ).logits[0, : len(block)]  # [rows, vocab]
-            self._length[chunk.slot] = length + len(block)
-            self._drop(chunk.slot, BLOCK_ROWS - len(block))
-            keep = max(0, at + len(block) - max(at, len(ids) - chunk.rows))
-            if keep:
-                rows.append(logits[-keep:].float().cpu().numpy())
-        if not rows:
+            if padding:
+                self._drop(chunk.slot, BLOCK_ROWS)
+            if at + len(block) > wanted:
+                rows.append(logits[max(wanted - at, 0) :].float().cpu().numpy())
+        if not chunk.rows:
             return np.zeros((0, self.info.vocab_size), dtype=np.float32)
         return np.concatenate(rows)
 

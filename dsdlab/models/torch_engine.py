@@ -3,9 +3,10 @@
 Exactness. A row's logits must not depend on how many rows are computed with it, or a near-tie would
 flip a token and the output would depend on the window. So every kernel here runs in a shape regime in
 which a row's bits are independent of the other rows: linears on at least `min_rows` rows (the one-row
-path of a BLAS rounds differently), attention with a fixed count of query rows per block over a
-padded cache whose length follows from the row's position, everything else elementwise or row-wise. `dsdlab.models.selftest` proves it on the
-processor at hand. docs/exactness.md has the measurements behind the choices.
+path of a BLAS rounds differently), attention with a fixed count of query rows per block over a padded
+cache whose visible length follows from the row's position, everything else elementwise or row-wise.
+`dsdlab.models.selftest` proves it on the processor at hand. docs/exactness.md has the measurements
+behind the choices.
 """
 
 from __future__ import annotations
