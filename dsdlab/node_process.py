@@ -211,44 +211,52 @@ def request_from(message: dict[str, Any]) -> GenerationRequest:
 
 
 async def _live(control: bool, ready: dict[str, Any], answer: Control) -> None:
-    """Announce readiness; then answer control lines until stop or end of input, or wait for a signal."""
+    """Announce readiness; answer control lines until stop, end of input or a signal, which end all work."""
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    waiting = asyncio.create_task(stop.wait())
+    tasks: list[asyncio.Task[Any]] = [asyncio.create_task(stop.wait())]
     try:
-        if not control:
-            await waiting
-            return
-        _print_line(ready)
-        reader = asyncio.StreamReader(limit=1 << 24)
-        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-        while not stop.is_set():
-            line = asyncio.create_task(reader.readline())
-            await asyncio.wait({line, waiting}, return_when=asyncio.FIRST_COMPLETED)
-            if not line.done():
-                line.cancel()
-                return
-            if not line.result():
-                return
-            try:
-                message = json.loads(line.result())
-                known = isinstance(message, dict)
-            except ValueError:
-                known = False
-            if not known:
-                _print_line({"op": "error", "code": "control", "message": "not a JSON object"})
-                continue
-            if message.get("op") == "stop":
-                return
-            reply = await answer(message)
-            if reply is not None:
-                _print_line(reply)
+        if control:
+            _print_line(ready)
+            reader = asyncio.StreamReader(limit=1 << 24)
+            await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
+            messages: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+            tasks.append(asyncio.create_task(_read_control(reader, messages)))
+            tasks.append(asyncio.create_task(_answer_control(messages, answer)))
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
-        waiting.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
+
+
+async def _read_control(reader: asyncio.StreamReader, messages: asyncio.Queue[dict[str, Any]]) -> None:
+    """Queue control messages; returns at "stop" or the end of the input."""
+    while line := await reader.readline():
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            _print_line({"op": "error", "code": "control", "message": "not a JSON object"})
+        elif message.get("op") == "stop":
+            return
+        else:
+            messages.put_nowait(message)
+
+
+async def _answer_control(messages: asyncio.Queue[dict[str, Any]], answer: Control) -> None:
+    """Answer one message after the other, for ever."""
+    while True:
+        reply = await answer(await messages.get())
+        if reply is not None:
+            _print_line(reply)
 
 
 def _print_line(message: dict[str, Any]) -> None:

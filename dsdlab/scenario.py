@@ -9,10 +9,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
 
 from dsdlab.decoding import Sampling
 from dsdlab.nodes.request import DRAFTING_MODES, MODES
+from dsdlab.policies import window_policy_names
 from dsdlab.protocol.frames import MAX_WINDOW
 
 UNLIMITED = "unlimited"
@@ -76,6 +77,14 @@ class Grid(_Part):
             raise ValueError("every value once")
         return values
 
+    @field_validator("policy")
+    @classmethod
+    def _installed(cls, names: list[str]) -> list[str]:
+        installed = window_policy_names()
+        if not set(names) <= set(installed):
+            raise ValueError(f"installed window policies ({', '.join(installed)})")
+        return names
+
 
 class Run(_Part):
     """How often, where, and how long a generation may take."""
@@ -109,6 +118,13 @@ class Scenario(_Part):
     sampling: SamplingPart = SamplingPart()
     grid: Grid
     run: Run = Run()
+    _content: str = PrivateAttr("")
+
+    def pinned(self, content: str) -> Scenario:
+        """The same scenario with cell ids that also depend on `content`, a hash of the files it names."""
+        out = self.model_copy()
+        out._content = content
+        return out
 
     def cells(self) -> list[Cell]:
         """Every cell once, in grid order."""
@@ -142,6 +158,7 @@ class Scenario(_Part):
             "seed": self.run.seed,
             "runtime": self.run.runtime,
             "link": self.run.link,
+            "content": self._content,
         }
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
@@ -151,7 +168,7 @@ class Scenario(_Part):
             temperature=cell.temperature,
             top_k=self.sampling.top_k,
             top_p=self.sampling.top_p,
-            seed=self.run.seed * 1_000_003 + rep,
+            seed=(self.run.seed * 1_000_003 + rep) % 2**64,
         )
 
     def digest(self) -> str:

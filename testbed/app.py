@@ -27,7 +27,7 @@ from rich.progress import (
 from dsdlab.models.loading import load_tokenizer
 from dsdlab.scenario import Scenario, ScenarioError, load_scenario
 from dsdlab.sim.link import LinkProfile
-from dsdlab.sweep.plan import Job, estimate_s, plan_jobs, remaining
+from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs, remaining
 from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references
 from dsdlab.sweep.rows import Row
@@ -64,6 +64,7 @@ def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple
     prompts = load_prompts(scenario.workload, path)
     if not scenario.models.target.startswith("emulated:"):
         console.print(f"target [bold]{scenario.models.target}[/], drafter {scenario.models.drafter}")
+    scenario = scenario.pinned(content_digest(scenario, prompts))
     tokenizer = load_tokenizer(scenario.models.target)
     ids = [encode_prompt(p, tokenizer) for p in prompts]
     limit = scenario.models.max_context - scenario.workload.max_new_tokens
@@ -114,7 +115,8 @@ async def sweep(
     folder = results_folder(out, scenario)
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
-        folder.rename(aside)
+        with Store(folder):  # not under the hands of a sweep that is writing to it
+            folder.rename(aside)
         console.print(f"earlier results moved to {aside}")
     with Store(folder) as store:
         for problem in store.problems:
@@ -163,7 +165,7 @@ async def _measure(
                 f"[red]this processor's arithmetic is not exact:[/] {test['differing']} of "
                 f"{test['elements']} logits differ; ids may too"
             )
-        _write_run(scenario, text, folder, facts, command)
+        _write_run(scenario, text, store, facts, command)
         task = progress.add_task("starting nodes", total=None)
         bed = Testbed(
             folder / "bed",
@@ -208,11 +210,11 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _write_run(scenario: Scenario, text: str, folder: Path, facts: dict[str, Any], command: str) -> None:
+def _write_run(scenario: Scenario, text: str, store: Store, facts: dict[str, Any], command: str) -> None:
     """Provenance of the run; a resumed one keeps its first and lists the others."""
-    path = folder / "run.json"
+    path = store.folder / "run.json"
     now = provenance(command)
-    before = read_json(path)
+    before = read_json(path) if store.rows else None
     run: dict[str, Any] = {
         "name": scenario.name,
         "title": scenario.title,
@@ -230,11 +232,8 @@ def _write_run(scenario: Scenario, text: str, folder: Path, facts: dict[str, Any
         "resumed": [],
     }
     if before is not None:
-        run["started_at"] = before.get("started_at", now["started_at"])
-        run["resumed"] = [
-            *before.get("resumed", []),
-            {k: now[k] for k in ("started_at", "git", "kernel", "cpu")},
-        ]
+        run |= {k: before[k] for k in now if k in before}
+        run["resumed"] = [*before.get("resumed", []), now]
     write_json(path, run)
 
 
@@ -282,7 +281,7 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
             args=(
                 "-m", "dsdlab", "node", "verifier", "--target", options.target,
                 "--drafter", options.drafter or "none", "--precision", options.precision,
-                "--max-context", str(options.max_context), "--control", "stdio",
+                "--device", options.device, "--max-context", str(options.max_context), "--control", "stdio",
                 "--host", "{host}", "--port", "0",
             ),
             cpus=CpuSplit.default().verifier,

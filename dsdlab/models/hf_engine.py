@@ -117,7 +117,8 @@ def load_hf(name: str, options: EngineOptions) -> HFEngine:
         )
         model.to(options.device)
     except Exception as e:  # transformers raises whatever its readers raise
-        raise ModelError(f"transformers cannot load {folder}: {str(e).splitlines()[0]}") from None
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ModelError(f"transformers cannot load {folder}: {why}") from None
     limit = getattr(model.config, "max_position_embeddings", options.max_context)
     info = ModelInfo(
         model_id=f"hf:{name}",

@@ -16,9 +16,9 @@ from dsdlab.models.base import Chunk, Engine, Logits, NoFreeSlot
 
 LARGEST_WINDOW = 17  # a window of 16 drafts and the token before it
 POSITIONS = 72  # computed one by one, as the reference
-DEPTHS = (128, 192, 256, 320, 384, 512, 704, 768)
+DEPTHS = (128, 192, 256, 320, 512)
 """Windows that straddle these positions: a kernel may sum a longer cache in other steps."""
-_REACH = 8  # rows on either side of a depth
+_BEFORE, _AFTER = 5, 11  # rows on either side of a depth; no block of rows ends there by chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def _chunks(rng: np.random.Generator, n: int) -> Iterator[tuple[int, int]]:
 def selftest(engine: Engine, seed: int = 0) -> SelfTest:
     """Compare each position alone with windows of 1 to 17 rows, prefills and batches of two sessions.
 
-    Windows deep in the context are compared with their halves and their first row alone. Takes two
+    Windows deep in the context are compared with parts of them. Takes two
     session slots (one: batches are left out, and `what` says so) and gives them back.
     Raises NoFreeSlot without a free slot.
     """
@@ -77,7 +77,7 @@ def selftest(engine: Engine, seed: int = 0) -> SelfTest:
     rng = np.random.default_rng(seed)
     context = engine.info.max_context
     n = min(POSITIONS, context)
-    ids = rng.integers(0, engine.info.vocab_size, min(context, DEPTHS[-1] + _REACH)).tolist()
+    ids = rng.integers(0, engine.info.vocab_size, min(context, DEPTHS[-1] + _AFTER)).tolist()
     compare = _Comparison()
     what = f"{n} positions alone, in windows of 1 to {min(n, LARGEST_WINDOW)}, in prefills"
     with _slot(engine) as slot:
@@ -157,10 +157,10 @@ def _batches(
 
 
 def _depths(engine: Engine, slot: int, ids: list[int], compare: _Comparison) -> int:
-    """Windows across each of DEPTHS, against their halves and their first row; the deepest that fits."""
+    """Windows across each of DEPTHS, against parts of them; returns the deepest that fits."""
     deepest = 0
     for depth in DEPTHS:
-        start, end = depth - _REACH, depth + _REACH
+        start, end = depth - _BEFORE, depth + _AFTER
         if end > len(ids):
             break
         deepest = depth
@@ -169,7 +169,11 @@ def _depths(engine: Engine, slot: int, ids: list[int], compare: _Comparison) -> 
         if done < start:
             engine.extend([Chunk(slot, ids[done:start], 0)])
         window = engine.extend([Chunk(slot, ids[start:end], end - start)])[0]
-        for part_end in (depth, start + 1):
-            engine.rollback(slot, start)
-            compare(engine.extend([Chunk(slot, ids[start:part_end], part_end - start)])[0], window)
+        for first, last in ((start, depth), (start, start + 1), (depth - 1, depth)):
+            if first != start:
+                engine.extend([Chunk(slot, ids[engine.length(slot) : first], 0)])
+            else:
+                engine.rollback(slot, start)
+            part = engine.extend([Chunk(slot, ids[first:last], last - first)])[0]
+            compare(part, window[first - start :])
     return deepest

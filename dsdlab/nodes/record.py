@@ -25,7 +25,7 @@ class GenerationRecord(msgspec.Struct):
     @property
     def tpot_s(self) -> float | None:
         """(last − first commit)/(tokens − 1); None for a single token or a single commit of several."""
-        if len(self.ids) < 2:
+        if len(self.ids) < 2 or len(self.commits) < 2:
             return None
         # the tokens of the first commit arrive together: they count as decided at its instant
         return (self.commits[-1][0] - self.commits[0][0]) / (len(self.ids) - 1)

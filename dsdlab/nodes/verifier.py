@@ -26,6 +26,7 @@ from dsdlab.protocol.frames import (
     Close,
     Commit,
     Draft,
+    Hello,
     Open,
     Ping,
     Pong,
@@ -43,6 +44,7 @@ log = logging.getLogger("dsdlab.verifier")
 
 LINGER_S = 60.0
 BUSY_RETRY_MS = 250
+MAX_WAITING_DRAFTS = 64  # per session; a client that sends more has lost its way
 _REMEMBERED_CLOSES = 4096
 
 SessionKey = tuple[str, int]  # (client's node id, session)
@@ -56,7 +58,7 @@ class _Session:
         self.opened = opened
         self.text = text
         self.channel: Channel | None = channel
-        self.drafts: asyncio.Queue[Draft] = asyncio.Queue()
+        self.drafts: asyncio.Queue[Draft] = asyncio.Queue(MAX_WAITING_DRAFTS)
         self.sending = asyncio.Lock()
         self.task: asyncio.Task[None] | None = None
         self.epoch = 0
@@ -158,6 +160,8 @@ class VerifierNode:
                 self._remember_close(key)
                 if session := self._sessions.get(key):
                     await self._end(session)
+            case Hello():
+                pass  # a duplicate: the handshake is over
             case _:
                 name = type(frame).__name__
                 raise ProtocolError("bad-frame", f"{name} is no frame for a verifier")
@@ -230,6 +234,8 @@ class VerifierNode:
         if session.text.finish is not None:
             await self._send_lacking(session, frame)
             return
+        if session.drafts.full():
+            raise ProtocolError("bad-frame", f"more than {MAX_WAITING_DRAFTS} drafts wait")
         session.drafts.put_nowait(frame)
 
     # running -------------------------------------------------------------------------------------

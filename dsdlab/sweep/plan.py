@@ -7,9 +7,13 @@ import json
 import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from dsdlab.decoding import Sampling
+from dsdlab.models.base import ModelError
+from dsdlab.models.drafters import LOOKUP_FIRST
+from dsdlab.models.zoo import DRAFTERS
 from dsdlab.scenario import Cell, Scenario
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.workload import Prompt
@@ -80,6 +84,23 @@ def reference_key(scenario: Scenario, ids: Sequence[int], sampling: Sampling) ->
         scenario.workload.stop_at_eos,
     ]
     return hashlib.sha256(json.dumps(work).encode()).hexdigest()[:16]
+
+
+def content_digest(scenario: Scenario, prompts: Sequence[Prompt]) -> str:
+    """A hash of what a scenario names but does not contain: its prompts, and a drafter's weights file.
+
+    Raises ModelError for a weights file that cannot be read.
+    """
+    digest = hashlib.sha256(json.dumps([[p.key, p.text] for p in prompts]).encode())
+    name = scenario.models.drafter.removeprefix(LOOKUP_FIRST)
+    path = DRAFTERS.get(name, Path(name))
+    try:
+        if path.is_file():
+            with path.open("rb") as f:
+                digest.update(hashlib.file_digest(f, "sha256").digest())
+    except OSError as e:
+        raise ModelError(f"model file {path}: {e.strerror}") from None
+    return digest.hexdigest()[:16]
 
 
 def remaining(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Job]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from dsdlab.models.base import ModelError
 from dsdlab.models.tokenizer import Tokenizer
 from dsdlab.scenario import ScenarioError, Workload
 
@@ -59,7 +60,16 @@ def _prompt(line: bytes, number: int, where: str) -> Prompt:
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
-    """Token ids of a prompt; for an emulated target, which has no tokenizer, one id per word."""
+    """Token ids of a prompt; for an emulated target, which has no tokenizer, one id per word.
+
+    Raises ModelError for an empty prompt or one that is no Unicode text.
+    """
     if tokenizer is None:
         return [1 + len(word) % 7 for word in prompt.text.split()]
-    return tokenizer.encode_chat(prompt.text)
+    try:
+        prompt.text.encode()  # refuses lone surrogates: from an escape in JSON, or an argument's bad bytes
+        return tokenizer.encode_chat(prompt.text)
+    except UnicodeEncodeError as e:
+        raise ModelError(f"prompt {prompt.key} is no Unicode text: {e.reason} at {e.start}") from None
+    except ValueError as e:
+        raise ModelError(f"prompt {prompt.key}: {e}") from None

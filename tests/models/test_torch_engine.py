@@ -91,23 +91,14 @@ def test_lower_precisions_stay_near_fp32(make: Make, precision: str, error: floa
     assert not np.array_equal(exact, rough)
 
 
-def test_drafter_file_means_what_its_dequantised_weights_mean(make: Make) -> None:
+def test_drafter_file_means_what_its_dequantised_weights_mean(tmp_path: Path) -> None:
     """The int8 drafter against a plain forward in float64 over the file's own tensors."""
-    engine = make("drafter")
+    engine = tiny_drafter(tmp_path / "drafter.safetensors")
     assert engine.output_ids is not None
     assert len(engine.output_ids) == 96
     got = alone(engine, TEXT, 24)
-    expected = plain_drafter_logits(Path(engine_path(make)), TEXT[:24])
+    expected = plain_drafter_logits(tmp_path / "drafter.safetensors", TEXT[:24])
     assert np.sqrt(((got - expected) ** 2).mean()) < 0.05 * expected.std()
-
-
-def engine_path(make: Make) -> str:
-    """Where `make` wrote the drafter."""
-    cells = {
-        name: cell.cell_contents
-        for name, cell in zip(make.__code__.co_freevars, make.__closure__ or (), strict=True)
-    }
-    return str(cells["folder"] / "drafter.safetensors")
 
 
 def plain_drafter_logits(path: Path, ids: list[int]) -> np.ndarray:
@@ -204,8 +195,22 @@ def test_long_prefill_and_long_context(make: Make, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_windows_across_every_step_of_the_cache(make: Make, kind: str) -> None:
+    """A kernel sums a longer cache in other steps: a window must not lend its length to its first rows."""
+    engine = make(kind)
+    expected = alone(engine, TEXT, CONTEXT)
+    slot = engine.open()
+    for boundary in range(KV_BLOCK, CONTEXT, KV_BLOCK):
+        start, end = boundary - 3, boundary + 9
+        engine.extend([Chunk(slot, TEXT[engine.length(slot) : start], 0)])
+        got = engine.extend([Chunk(slot, TEXT[start:end], end - start)])[0]
+        assert same_bits(got, expected[start:end]), boundary
+        engine.rollback(slot, start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_batches_in_any_order(make: Make, kind: str) -> None:
-    """Up to four sessions of two texts in one ragged forward, at unequal lengths, in every turn's own order."""
+    """Up to four sessions of two texts in one ragged forward, of unequal lengths, in any order."""
     engine = make(kind)
     n = 150
     texts = [TEXT, OTHER, TEXT, OTHER]
@@ -316,7 +321,7 @@ def test_unknown_precision(tmp_path: Path) -> None:
         engine_of(weights, "fp8")
 
 
-def test_int8_weights_may_lie_anywhere(make: Make) -> None:
+def test_int8_weights_may_lie_anywhere() -> None:
     """The int8 kernel crashes on weights off a 16-byte boundary, where a file's tensors may well lie."""
     from dsdlab.models.torch_engine import _linear
     from dsdlab.models.weights_io import Matrix

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from conftest import run
+from bed_tools import run
 
 from dsdlab.sim.link import LinkProfile, wire_bytes
 from testbed.links.base import EchoServer, Endpoint, LinkError, echo_rtts_ms, percentile

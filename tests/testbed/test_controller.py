@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import HERE, descendants_and_orphans, run
+from bed_tools import HERE, descendants_and_orphans, run
 
 from dsdlab.sim.link import LinkProfile
 from testbed.controller import CpuSplit, Testbed
@@ -93,7 +93,7 @@ def test_work_link_and_faults(tmp_path: Path) -> None:
 
 def test_failed_starts_leave_nothing_and_say_why(tmp_path: Path) -> None:
     async def body() -> None:
-        with pytest.raises(NodeDied, match=r"exit status 2 before it was ready.*no such model: missing"):
+        with pytest.raises(NodeDied, match=r"verifier: no such model: missing"):
             async with bed(tmp_path, "missing"):
                 raise AssertionError("started")
         assert descendants_and_orphans("?") == []
