@@ -14,7 +14,7 @@ import numpy as np
 
 from dsdlab.decoding import Sampling, gumbel, log_softmax, warp
 from dsdlab.models.base import Chunk, Engine
-from dsdlab.models.compute import Compute, VirtualCompute
+from dsdlab.models.compute import Compute, Timing, VirtualCompute
 from dsdlab.models.drafters import Drafter, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
@@ -68,6 +68,21 @@ def run(main: Coroutine[Any, Any, T]) -> T:
                 loop.run_until_complete(task)
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
+
+
+class Costly(VirtualCompute):
+    """Real engines on the virtual clock: every piece of work takes the same time of it."""
+
+    def __init__(self, cost_s: float) -> None:
+        super().__init__()
+        self._cost_s = cost_s
+
+    async def run(self, work: Callable[[], T]) -> tuple[T, Timing]:
+        def costly() -> T:
+            self.spend(self._cost_s)
+            return work()
+
+        return await super().run(costly)
 
 
 class World:
