@@ -49,7 +49,7 @@ log = logging.getLogger("dsdlab.drafter")
 RETRY_FIRST_S = 0.05
 RETRY_MOST_S = 1.0
 PATIENCE_S = 60.0
-MAX_REOPENED = 3
+MAX_REOPENED = 3  # without a token between
 MAX_GAPS = 3
 _MAX_SESSION = 0xFFFF
 MAX_VOCAB = 1 << 24
@@ -92,6 +92,7 @@ class _Generation:
         """Note tokens that have just entered the text."""
         if not new:
             return
+        self.reopened = 0
         record = self.record
         if not record.commits:
             record.ttft_s = self.since(now_s)
@@ -253,6 +254,7 @@ class DrafterNode:
                 if e.code != "unknown-session" or run.reopened >= MAX_REOPENED:
                     raise
                 run.reopened += 1  # the verifier forgot the session: open it again where it stands
+                run.epoch += 1
                 run.opened = False
             except BaseException:
                 await self._abandon(run.session)

@@ -13,6 +13,8 @@ import logging
 from collections import OrderedDict
 from contextlib import aclosing, suppress
 
+import msgspec
+
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import ContextFull, Engine, NoFreeSlot
 from dsdlab.models.compute import Compute
@@ -68,6 +70,13 @@ class _Session:
     @property
     def number(self) -> int:
         return self.key[1]
+
+    def began_with(self, frame: Open) -> bool:
+        """Whether `frame` opens this very session somewhere along its text."""
+        if msgspec.structs.replace(frame, committed=self.opened.committed) != self.opened:
+            return False
+        held = frame.prompt + frame.committed
+        return len(held) % 3 == 0 and pack_ids(self.text.ids).startswith(held)
 
     async def send(self, frame: AnyFrame) -> None:
         """Send if there is a connection; without one the client catches up when it resumes."""
@@ -172,8 +181,12 @@ class VerifierNode:
         known = self._sessions.get(key)
         if key in self._closed:
             return  # a late duplicate
-        if known is not None and known.opened == frame and known.channel is channel:
-            return
+        if known is not None and known.channel is channel:
+            if known.opened == frame:
+                return
+            if known.began_with(frame):  # a late copy of an earlier Open, or its sender missed a Commit
+                await known.catch_up(channel, (len(frame.prompt) + len(frame.committed)) // 3)
+                return
         try:
             text = self._checked_text(frame)
         except ProtocolError as e:

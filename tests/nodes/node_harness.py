@@ -62,10 +62,11 @@ def run(main: Coroutine[Any, Any, T]) -> T:
     try:
         return loop.run_until_complete(main)
     finally:
-        for task in asyncio.all_tasks(loop):
-            task.cancel()
-            with suppress(asyncio.CancelledError, Deadlock, ChannelClosed):
-                loop.run_until_complete(task)
+        while tasks := asyncio.all_tasks(loop):  # ending one may start another
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError, Deadlock, ChannelClosed):
+                    loop.run_until_complete(task)
         loop.run_until_complete(loop.shutdown_asyncgens())
         loop.close()
 
@@ -125,7 +126,9 @@ class World:
         if not self._reachable(self.dials):
             raise ConnectFailed("nobody answers")
         up, down = next(self._links)
-        client, server = memory_pair(up, down)
+        client, server = memory_pair(replace(up, duplicate=0.0), replace(down, duplicate=0.0))
+        _after_first_send(client, up)  # a greeting said twice is a broken protocol, not a fault of the link
+        _after_first_send(server, down)
         self.channels.append(client)
         task = asyncio.create_task(self._serve(self.verifier, server))
         self._serving.add(task)
@@ -175,6 +178,17 @@ class World:
     ) -> DrafterNode:
         options = {"token": self._token} | options
         return DrafterNode(self.dial, VirtualCompute(), drafter=drafter, target=target, **options)
+
+
+def _after_first_send(channel: MemoryChannel, faults: Faults) -> None:
+    send = channel.send
+
+    async def first(frame: AnyFrame) -> None:
+        await send(frame)
+        channel._faults = faults
+        channel.send = send  # type: ignore[method-assign]
+
+    channel.send = first  # type: ignore[method-assign]
 
 
 class Raw:

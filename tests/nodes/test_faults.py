@@ -301,6 +301,8 @@ def test_duplicates_and_delays(mode: str, seed: int) -> None:
         watch = Watch()
         record = await client.generate(request_for(mode), watch)
         check(record, alone(target.engine, request_for(mode)), watch)
+        assert not world.failures
+        assert record.reconnects == 0
         return record
 
     assert run(main()).stale_frames > 0
@@ -477,11 +479,13 @@ def one_random_run(seed: int) -> None:
                 await asyncio.sleep(rng.random())
                 await world.restart()
 
-        killer = asyncio.create_task(kill())
         watch = Watch()
         node = world.client(drafter())
+        await node.connect()
+        killer = asyncio.create_task(kill())
         record = await node.generate(request, watch)
         check(record, alone(target, request), watch)
+        assert not world.failures
         killer.cancel()
         await node.disconnect()
         await asyncio.sleep(120.0)
