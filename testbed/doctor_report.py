@@ -21,9 +21,8 @@ def exactness(target: str) -> tuple[Finding, bool]:
     """The self-test of the default target in bf16, if it is in the cache; False if it found a difference."""
     if not (cache_dir() / "models" / target / "config.json").exists():
         return Finding("exactness", "missing", f"{target} is not in the cache", "dsdlab run 'Hello'"), True
-    from dsdlab.models.selftest import selftest
-
     from dsdlab.models.loading import EngineOptions, load_engine
+    from dsdlab.models.selftest import selftest
     from dsdlab.node_process import set_threads
 
     set_threads(None)

@@ -16,7 +16,7 @@ Model = Callable[[Prefix], FloatArray]
 Step = Callable[[FloatArray, FloatArray, int, float, float], int]
 """(p, reported q, draft, u_accept, u_residual) → committed token; accepted if it is the draft."""
 
-_PROBES = [(i + 0.5) / 64 for i in range(64)]
+_PROBES = [(i + 0.5) / 8 for i in range(8)]
 _TOP = 1.0 - 2.0**-53
 
 

@@ -23,7 +23,8 @@ PROMPT = [17, 250, 9, 9, 31, 17, 250]
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> LlamaWeights:
-    return load_llama_dir(write_tiny_llama(tmp_path_factory.mktemp("nodes")), "")
+    """One layer: what depth does to bits is the engine's own tests' affair."""
+    return load_llama_dir(write_tiny_llama(tmp_path_factory.mktemp("nodes"), num_hidden_layers=1), "")
 
 
 def generate(
@@ -172,7 +173,7 @@ def test_vocabularies_of_different_padded_size(
 ) -> None:
     """Either end may be padded: what the other cannot say is never sent, and never crashes it."""
     weights = [
-        load_llama_dir(write_tiny_llama(tmp_path / f"{n}", seed=i, vocab_size=n), "")
+        load_llama_dir(write_tiny_llama(tmp_path / f"{n}", seed=i, vocab_size=n, num_hidden_layers=1), "")
         for i, n in enumerate((target_vocab, drafter_vocab))
     ]
     target, drafter = engine_of(weights[0], "bf16"), ModelDrafter(engine_of(weights[1], "bf16"))
