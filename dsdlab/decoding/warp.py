@@ -30,19 +30,18 @@ def warp(logits: npt.ArrayLike, sampling: Sampling) -> FloatArray:
         out = np.full_like(z, -np.inf)
         out[np.argmax(z)] = 0.0
         return out
+    cut = 0 < sampling.top_k < z.size
+    if cut or sampling.top_p < 1.0:
+        order = np.argsort(-z, kind="stable")  # by the logits themselves: dividing may round two into a tie
     with np.errstate(over="ignore"):  # the tiniest temperatures: all but the maxima go to -inf
         z = (z - z.max()) / sampling.temperature
-    if 0 < sampling.top_k < z.size:
-        order = np.argsort(-z, kind="stable")
-        z = z.copy()
+    if cut:
         z[order[sampling.top_k :]] = -np.inf
     if sampling.top_p < 1.0:
-        order = np.argsort(-z, kind="stable")
         p = np.exp(log_softmax(z[order]))
         before = np.cumsum(p) - p  # probability of everything likelier than this token
         drop = before >= sampling.top_p
         drop[0] = False
-        z = z.copy()
         z[order[drop]] = -np.inf
     out = z
     return out
