@@ -14,6 +14,7 @@ from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLookup
 from dsdlab.models.weights_io import LlamaWeights, load_llama_dir
 from dsdlab.nodes import MODES, DrafterNode, GenerationRecord, GenerationRequest
+from dsdlab.nodes.step import judge
 
 GREEDY = Sampling()
 COUPLED = Sampling(0.9, 0, 0.95, 42)
@@ -61,6 +62,26 @@ def test_every_window_on_a_real_model(weights: LlamaWeights, mode: str, sampling
         check(record, expected, watch, f"{mode} γ={gamma}")
         seen |= {"full" if a == d else "none" if a == 0 else "part" for d, a in record.windows if d}
     assert mode == "cloud-ar" or seen == {"full", "part", "none"}, seen
+
+
+@pytest.mark.parametrize("wrong_from", range(6))
+def test_after_a_step_the_target_holds_the_text_without_its_last_token(
+    weights: LlamaWeights, wrong_from: int
+) -> None:
+    """Invariant V1: of K drafts with a accepted, K − a are forgotten; the next id is computed next time."""
+    engine = engine_of(weights, "bf16")
+    request = GenerationRequest(PROMPT, sampling=COUPLED, max_new_tokens=40, stop_at_eos=False)
+    text, _ = alone(engine, request)
+    slot = engine.open()
+    ids = list(PROMPT)
+    for _ in range(6):
+        at = len(ids) - len(PROMPT)
+        draft = [t if i < wrong_from else (t + 1) % VOCAB for i, t in enumerate(text[at : at + 5])]
+        accepted, next_id = judge(engine, slot, ids, draft, COUPLED)
+        assert accepted == min(wrong_from, 5)
+        assert next_id == text[at + accepted]
+        assert engine.length(slot) == len(ids) + accepted
+        ids += [*draft[:accepted], next_id]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)

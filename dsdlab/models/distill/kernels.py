@@ -19,6 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# not -ffast-math: a library linked with it flushes denormals to zero in the whole process
+FLAGS = (
+    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-fassociative-math", "-freciprocal-math",
+)  # fmt: skip
+
 
 @cache
 def _library() -> ctypes.CDLL | None:
@@ -31,13 +37,13 @@ def _library() -> ctypes.CDLL | None:
     flags = (
         next((x for x in cpu.read_text().splitlines() if x.startswith("flags")), "") if cpu.exists() else ""
     )
-    key = hashlib.sha256(source.read_bytes() + flags.encode()).hexdigest()[:16]
+    key = hashlib.sha256(source.read_bytes() + " ".join((*FLAGS, flags)).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dsdlab" / "kernels"
     built = folder / f"generate-{key}.so"
     if not built.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = built.with_suffix(f".{os.getpid()}.part")
-        command = [compiler, "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", str(source)]
+        command = [compiler, *FLAGS, "-shared", "-fPIC", str(source)]
         done = subprocess.run([*command, "-o", str(part), "-lm"], capture_output=True, check=False)
         if done.returncode:
             return None
