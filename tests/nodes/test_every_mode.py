@@ -54,7 +54,7 @@ def test_every_window_on_a_real_model(weights: LlamaWeights, mode: str, sampling
     seen = set()
     for gamma in range(1, 17):
         request = GenerationRequest(
-            PROMPT, mode, gamma=gamma, sampling=SAMPLINGS[sampling], max_new_tokens=40, stop_at_eos=False
+            PROMPT, mode, gamma=gamma, sampling=SAMPLINGS[sampling], max_new_tokens=28, stop_at_eos=False
         )
         expected = expected or alone(target, request)
         watch = Watch()
@@ -97,15 +97,16 @@ def test_every_kind_of_drafter(
         drafter = ModelDrafter(tiny_drafter(tmp_path / "drafter.safetensors"))
     elif kind == "lookup first":
         drafter = LookupFirst(ModelDrafter(engine_of(weights, "int8")))
-    for gamma in (1, 5, 16):
+    for gamma in (2, 9):
         request = GenerationRequest(
             PROMPT, mode, gamma=gamma, sampling=SAMPLINGS[sampling], max_new_tokens=30, stop_at_eos=False
         )
         check(generate(target, drafter, request), alone(target, request), note=f"γ={gamma}")
 
 
-@pytest.mark.parametrize("sampling", SAMPLINGS)
-@pytest.mark.parametrize("gamma", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("gamma", "sampling"), [*((g, "greedy") for g in (1, 2, 4, 8, 16)), (2, "coupled"), (8, "coupled")]
+)
 def test_a_twin_is_always_believed(weights: LlamaWeights, gamma: int, sampling: str) -> None:
     """Shows 6: the target drafting for itself is accepted in full for 520 tokens, at every window.
 
