@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +57,7 @@ def test_kill_verifier_and_cut_connections(tmp_path: Path, mode: str) -> None:
     asyncio.run(main())
 
 
-def _pair_missing() -> bool:
-    from dsdlab.models.zoo import DRAFTERS
-
-    return not DRAFTERS["smollm2-drafter"].exists()
-
-
 @pytest.mark.model
-@pytest.mark.skipif(
-    _pair_missing() and os.environ.get("CI") != "true", reason="the drafter's weights are missing"
-)
 def test_real_pair_survives_kill(tmp_path: Path) -> None:
     """Every mode and some windows have the target's ids, and so has a session whose verifier was killed."""
     from dsdlab.decoding import Sampling
