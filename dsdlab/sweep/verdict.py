@@ -18,12 +18,21 @@ def exact_line(exact: int, compared: int, generations: int) -> str:
     return line if compared == generations else f"{line} ({generations - compared} not compared)"
 
 
-def _best_per_mode(found: Sequence[BreakEven]) -> list[BreakEven]:
-    """For each mode the window that tolerates most, the distributed modes first."""
+def _best_per_mode(found: Sequence[BreakEven], cells: Sequence[CellSummary]) -> list[BreakEven]:
+    """For each mode the window that tolerates most, of equal ones the fastest; distributed modes first."""
+
+    def rank(item: BreakEven) -> tuple[float, float]:
+        ratios = [
+            cell.ratio.value
+            for cell in cells
+            if cell.ratio is not None and (cell.variant, cell.condition) == (item.variant, item.condition)
+        ]
+        return item.rtt_ms, -sum(ratios) / len(ratios) if ratios else float("-inf")
+
     best: dict[str, BreakEven] = {}
     for item in found:
         mode = item.variant.mode
-        if mode not in best or item.rtt_ms > best[mode].rtt_ms:
+        if mode not in best or rank(item) > rank(best[mode]):
             best[mode] = item
     return sorted(best.values(), key=lambda b: (not b.variant.mode.startswith("dsd-"), b.variant.order))
 
@@ -62,7 +71,7 @@ def verdict_sentence(
         return f"Nothing in this sweep can be compared with streaming (cloud-ar); it measured {modes}."
     condition = next(c for c in conditions if any(b.condition == c for b in streaming))
     here = [b for b in streaming if b.condition == condition]
-    best = _best_per_mode(here)
+    best = _best_per_mode(here, cells)
     windows = {b.variant.mode: sum(o.variant.mode == b.variant.mode for o in here) for b in best}
     clauses: list[str] = []
     grids: set[tuple[float, float]] = set()
