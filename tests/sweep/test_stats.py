@@ -210,6 +210,12 @@ def test_verdict_takes_the_best_window_and_the_least_constrained_condition() -> 
     assert verdict.endswith("no loss; 1 more condition below).")
 
 
+def test_verdict_names_the_fastest_of_windows_that_win_everywhere() -> None:
+    rows = grid({0: 0.8, 100: 0.9}) + grid({0: 0.5, 100: 0.6}, gamma=8) + grid({0: 0.7, 100: 0.7}, gamma=16)
+    verdict = stats.summarise(rows, allow_incomplete=True).verdict
+    assert "dsd-sync (γ = 8, best of 3 windows) beats streaming from the target at every RTT" in verdict
+
+
 def test_verdict_without_baseline_or_success() -> None:
     assert "cloud-ar" in stats.summarise([row("dsd-sync", 0, 10.0)]).verdict
     failed = row("dsd-sync", 0, None, status="failed", error="x")
