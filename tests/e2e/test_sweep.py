@@ -27,17 +27,22 @@ def the_folder(out: Path) -> Path:
     return folder
 
 
+def wait_for_rows(out: Path, n: int) -> None:
+    """Until a running sweep has written n rows, a minute at most."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+        rows = list(out.glob("small-*/rows.jsonl"))
+        if rows and rows[0].read_bytes().count(b"\n") >= n:
+            break
+
+
 def test_kill_resume_report(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(SCENARIO)
     out = tmp_path / "results"
     command = [sys.executable, "-m", "dsdlab", "sweep", "s.toml", "--out", str(out)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        rows = list(out.glob("small-*/rows.jsonl"))
-        if rows and rows[0].read_bytes().count(b"\n") >= 7:
-            break
+    wait_for_rows(out, 7)
     process.send_signal(signal.SIGKILL)
     process.wait(10)
     folder = the_folder(out)
@@ -89,12 +94,7 @@ def test_ctrl_c_is_clean(tmp_path: Path) -> None:
     process = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        time.sleep(0.05)
-        rows = list(tmp_path.glob("results/small-*/rows.jsonl"))
-        if rows and rows[0].read_bytes().count(b"\n") >= 3:
-            break
+    wait_for_rows(tmp_path / "results", 3)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=20)
     assert process.returncode == 130 and "Traceback" not in said and "interrupted" in said
