@@ -72,11 +72,17 @@ class Child:
         ledger: Ledger,
         env: Mapping[str, str] | None = None,
         cpus: Sequence[int] | None = None,
+        launch_options: Sequence[str] = (),
         cwd: Path | None = None,
     ) -> Child:
-        """Start `argv`. Raises NodeDied when the operating system refuses; wait for `ready` for the rest."""
-        pin = ",".join(map(str, cpus)) if cpus else "-"
-        command = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid()), pin, *argv]
+        """Start `argv`. Raises NodeDied when the operating system refuses; wait for `ready` for the rest.
+
+        launch_options: namespaces and more, in the words of `testbed.launch`.
+        """
+        options = ["--parent", str(os.getpid()), *launch_options]
+        if cpus:
+            options += ["--cpus", ",".join(map(str, cpus))]
+        command = [sys.executable, "-I", "-S", launch.__file__, *options, "--", *argv]
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {name} starts\n".encode())

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 from testbed.control import NodeDied, NodeError
 from testbed.links.base import Endpoint
 
-__all__ = ["NodeDied", "NodeError", "NodeHandle", "NodeSpec", "Runtime", "RuntimeFailed", "thread_env"]
+__all__ = [
+    "NodeDied",
+    "NodeError",
+    "NodeHandle",
+    "NodeSpec",
+    "Runtime",
+    "RuntimeFailed",
+    "Wiring",
+    "check_cpus",
+    "thread_env",
+]
 
 
 class RuntimeFailed(Exception):
@@ -54,6 +65,26 @@ def thread_env(cpus: tuple[int, ...] | None) -> dict[str, str]:
         "MKL_NUM_THREADS": str(len(cpus)),
         "GOMP_CPU_AFFINITY": " ".join(map(str, cpus)),
     }
+
+
+def check_cpus(spec: NodeSpec) -> None:
+    """Raises RuntimeFailed when a node asks for cores that this process may not use."""
+    if spec.cpus is not None and hasattr(os, "sched_getaffinity"):
+        missing = sorted(set(spec.cpus) - os.sched_getaffinity(0))
+        if missing or not spec.cpus:
+            usable = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+            raise RuntimeFailed(f"{spec.name}: cpus {list(spec.cpus)} not available (usable: {usable})")
+
+
+class Wiring(Protocol):
+    """Gives nodes that have a network namespace of their own their one interface, and an address."""
+
+    def address(self, node: str) -> str:
+        """The IP address that a node has or will have: "verifier", or "edge0" and so on."""
+
+    async def attach(self, node: str, pid: int) -> None:
+        """Make the interface in the network namespace of the process `pid` (as the host counts). Raises
+        LinkError."""
 
 
 class NodeHandle(ABC):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from testbed.child import Child
 from testbed.ledger import Ledger
 from testbed.links.base import Endpoint
-from testbed.runtimes.base import NodeHandle, NodeSpec, Runtime, RuntimeFailed, thread_env
+from testbed.runtimes.base import NodeHandle, NodeSpec, Runtime, RuntimeFailed, check_cpus, thread_env
 
 __all__ = ["ProcessNode", "ProcessRuntime"]
 
@@ -77,11 +77,7 @@ class ProcessRuntime(Runtime):
         running = self._children.get(spec.name)
         if running is not None and running.returncode is None:
             raise RuntimeFailed(f"{spec.name}: a node of this name is running already")
-        if spec.cpus is not None and hasattr(os, "sched_getaffinity"):
-            missing = sorted(set(spec.cpus) - os.sched_getaffinity(0))
-            if missing or not spec.cpus:
-                usable = ",".join(map(str, sorted(os.sched_getaffinity(0))))
-                raise RuntimeFailed(f"{spec.name}: cpus {list(spec.cpus)} not available (usable: {usable})")
+        check_cpus(spec)
         folder = self._run_dir / "nodes" / spec.name
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in spec.files.items():

@@ -166,11 +166,11 @@ def test_launcher_refuses_an_orphan() -> None:
     """Its parent is not who it should be: the parent died before the signal was armed."""
     from testbed import launch
 
-    command = [sys.executable, "-I", "-S", str(launch.__file__), "1", "-", "/bin/echo", "alive"]
+    command = [sys.executable, "-I", "-S", str(launch.__file__), "--parent", "1", "--", "/bin/echo", "alive"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    command[4] = str(os.getpid())
-    command[6] = "/no/such/program"
+    command[5] = str(os.getpid())
+    command[7] = "/no/such/program"
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 127
     assert "cannot run /no/such/program" in done.stderr
