@@ -279,7 +279,7 @@ def report(folder: Path, as_json: bool) -> None:
 def run(prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
     """One generation over a modelled link, streamed; accepted drafts are green."""
     from dsdlab.node_process import run as run_loop
-    from dsdlab.sim.link import LinkProfile
+    from dsdlab.sim.profile import LinkProfile
     from testbed import app
 
     if (prompt is None) == (prompt_file is None):

@@ -26,7 +26,7 @@ from rich.progress import (
 
 from dsdlab.models.loading import load_tokenizer
 from dsdlab.scenario import Scenario, ScenarioError, load_scenario
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs, remaining
 from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references

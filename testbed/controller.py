@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from testbed.links.base import Endpoint, Link, LinkError
 from testbed.links.modelled import ModelledLink
 from testbed.runtimes.base import NodeDied, NodeError, NodeHandle, NodeSpec, Runtime, RuntimeFailed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.runner import CellFailed
 from testbed.control import NodeError
 from testbed.controller import Testbed

@@ -32,7 +32,8 @@ Simplifications, each harmless for flows that send little, and to be kept in min
 - acknowledgements are never lost, take no capacity and travel for the other direction's mean delay;
 - SRTT is the profile's RTT plus the segment's own queueing and serialisation;
 - a lost segment and its retransmission both take the bottleneck, one after the other, at the time of loss;
-- loss is independent per segment; the connection set-up loses nothing.
+- the loss chain of bursts moves with every transmission, of whatever flow; the connection set-up loses
+  nothing.
 """
 
 from __future__ import annotations
@@ -40,128 +41,16 @@ from __future__ import annotations
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 
-__all__ = [
-    "HEADER_BYTES",
-    "MSS_BYTES",
-    "Delivery",
-    "Direction",
-    "DirectionStats",
-    "Flow",
-    "LinkDirection",
-    "LinkProfile",
-    "segments_of",
-    "wire_bytes",
-]
+from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, Direction, LinkProfile, segments_of, wire_bytes
 
-Direction = Literal["up", "down"]
+__all__ = ["Delivery", "DirectionStats", "Flow", "LinkDirection"]
 
-MSS_BYTES = 1448
-"""Payload of a full TCP segment: MTU 1500 − 20 (IPv4) − 32 (TCP with timestamps)."""
-HEADER_BYTES = 66
-"""Bytes a segment adds on the wire, as netem counts: 14 (Ethernet) + 20 (IPv4) + 32 (TCP with timestamps)."""
 RTO_MAX_S = 120.0
 MAX_RETRANSMISSIONS = 15
 REORDER_SEGMENTS = 3
-
-_NUMBERS: dict[str, tuple[float, float, bool]] = {
-    # field: (least, greatest, None allowed)
-    "rtt_ms": (0.0, 60_000.0, False),
-    "up_fraction": (0.0, 1.0, False),
-    "rate_up_mbit": (0.001, 1_000_000.0, True),
-    "rate_down_mbit": (0.001, 1_000_000.0, True),
-    "loss_pct": (0.0, 50.0, False),
-    "jitter_ms": (0.0, 60_000.0, False),
-    "buffer_bytes": (2 * (MSS_BYTES + HEADER_BYTES), 2**30, True),
-    "rto_min_ms": (1.0, 120_000.0, False),
-}
-
-
-def segments_of(n_bytes: int) -> int:
-    """Segments that carry `n_bytes` of payload; a bare header (0 bytes) is one."""
-    return max(1, -(-n_bytes // MSS_BYTES))
-
-
-def wire_bytes(n_bytes: int) -> int:
-    """Bytes on the wire for `n_bytes` of payload sent in one go: payload and one header per segment."""
-    return n_bytes + HEADER_BYTES * segments_of(n_bytes)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkProfile:
-    """What a link does to the bytes between an edge node and the verifier.
-
-    rtt_ms: round-trip time without load, 0 to 60000 ms.
-    up_fraction: share of the RTT (and of the jitter) that the direction from the edge takes.
-    rate_up_mbit, rate_down_mbit: capacity of the bottleneck in Mbit/s on the wire; None is unlimited.
-    loss_pct: probability in per cent that a segment is lost, in each direction, independently.
-    jitter_ms: half-width of the round trip's uniform jitter; at most rtt_ms. Nothing is reordered.
-    buffer_bytes: wire bytes that may wait at a rate-limited bottleneck; None is unlimited.
-    rto_min_ms: floor of the retransmission timer's variance term; 200 ms is Linux's default.
-
-    Raises ValueError with one line that names the field, its value and what is allowed.
-    """
-
-    rtt_ms: float = 0.0
-    up_fraction: float = 0.5
-    rate_up_mbit: float | None = None
-    rate_down_mbit: float | None = None
-    loss_pct: float = 0.0
-    jitter_ms: float = 0.0
-    buffer_bytes: int | None = None
-    rto_min_ms: float = 200.0
-
-    def __post_init__(self) -> None:
-        for name, (least, greatest, optional) in _NUMBERS.items():
-            value = getattr(self, name)
-            if value is None and optional:
-                continue
-            allowed = f"{least:g} to {greatest:g}" + (", or none" if optional else "")
-            whole = name == "buffer_bytes"
-            kind = int if whole else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                what = "a whole number" if whole else "a number"
-                raise ValueError(f"{name}: {value!r} is not {what} (allowed: {allowed})")
-            if not least <= value <= greatest:  # NaN fails too
-                raise ValueError(f"{name}: {value!r} is out of range (allowed: {allowed})")
-        if self.jitter_ms > self.rtt_ms:
-            raise ValueError(
-                f"jitter_ms: {self.jitter_ms!r} is more than rtt_ms {self.rtt_ms!r} (allowed: 0 to rtt_ms)"
-            )
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> LinkProfile:
-        """A profile from a mapping of field names; absent fields take their defaults. Raises ValueError."""
-        known = [f.name for f in fields(cls)]
-        for name in values:
-            if name not in known:
-                raise ValueError(f"{name}: unknown link field (allowed: {', '.join(known)})")
-        return cls(**values)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON-ready values."""
-        return asdict(self)
-
-    def rate_mbit(self, direction: Direction) -> float | None:
-        """Capacity of one direction in Mbit/s; None is unlimited."""
-        return self.rate_up_mbit if direction == "up" else self.rate_down_mbit
-
-    def fraction(self, direction: Direction) -> float:
-        """Share of the RTT that one direction takes."""
-        return self.up_fraction if direction == "up" else 1.0 - self.up_fraction
-
-    def delay_s(self, direction: Direction) -> float:
-        """Mean propagation delay of one direction in seconds."""
-        return self.rtt_ms / 1e3 * self.fraction(direction)
-
-    def transfer_s(self, direction: Direction, n_bytes: int) -> float:
-        """Seconds from sending `n_bytes` into an idle, loss-free, jitter-free link to their arrival."""
-        rate = self.rate_mbit(direction)
-        serialise = 0.0 if rate is None else wire_bytes(n_bytes) * 8.0 / (rate * 1e6)
-        return serialise + self.delay_s(direction)
 
 
 @dataclass(slots=True)
@@ -213,11 +102,18 @@ class LinkDirection:
         self.busy_until_s = -math.inf  # when the bottleneck has sent all that was given to it
         self._seed = seed
         self._flows = 0
+        self._bad = False  # the state of the loss chain; all flows go through the same bottleneck
         self._default: Flow | None = None
         self.apply(profile)
 
     def apply(self, profile: LinkProfile) -> None:
-        """Use `profile` for bytes sent from now on; bytes in flight keep their arrival, order is kept."""
+        """Use `profile` for bytes sent from now on; bytes in flight keep their arrival, order is kept.
+
+        Raises ValueError for what this model has no words for.
+        """
+        if profile.reorder_pct or profile.partitioned:
+            what = "reorder_pct" if profile.reorder_pct else "partitioned"
+            raise ValueError(f"{what}: the modelled link has none (allowed: a netem link)")
         self.profile = profile
         rate = profile.rate_mbit(self.direction)
         self.s_per_byte = 0.0 if rate is None else 8.0 / (rate * 1e6)
@@ -225,9 +121,19 @@ class LinkDirection:
         self.back_s = profile.rtt_ms / 1e3 - self.delay_s  # an acknowledgement's way
         self.jitter_s = profile.jitter_ms / 1e3 * profile.fraction(self.direction)
         self.loss = profile.loss_pct / 100.0
+        self._chain = profile.gilbert_elliott() if profile.loss_burst > 1.0 else None
         self.rtt_s = profile.rtt_ms / 1e3
         # A uniform jitter of half-width j has mean deviation j/2, and the timer adds four of them.
         self.rto_var_s = max(profile.rto_min_ms, 2.0 * profile.jitter_ms) / 1e3
+
+    def loses(self, rng: random.Random) -> bool:
+        """Whether the next transmission is lost; moves the loss chain on."""
+        if self._chain is None:
+            return rng.random() < self.loss
+        lost = self._bad
+        if rng.random() < self._chain[1 if self._bad else 0]:
+            self._bad = not self._bad
+        return lost
 
     @property
     def by_segment(self) -> bool:
@@ -321,7 +227,7 @@ class Flow:
         if link.jitter_s:
             delay_s += link.jitter_s * (2.0 * rng.random() - 1.0)
         losses = 0
-        while link.loss and losses < MAX_RETRANSMISSIONS and rng.random() < link.loss:
+        while link.loss and losses < MAX_RETRANSMISSIONS and link.loses(rng):
             losses += 1
         if serialise_s:
             link.busy_until_s = end_s + (serialise_s if losses else 0.0)

@@ -11,7 +11,7 @@ import msgspec
 
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.scenario import Scenario
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.plan import Job, sampling_json
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.store import Store

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 
 __all__ = [
     "EchoServer",

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dsdlab.sim.link import HEADER_BYTES, MSS_BYTES, LinkProfile
+from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, LinkProfile
 from testbed.links.base import EchoServer, Endpoint, echo_rtts_ms, percentile
 from testbed.links.modelled import ModelledLink
 

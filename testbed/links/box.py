@@ -23,7 +23,8 @@ import time
 from collections import deque
 from typing import Any
 
-from dsdlab.sim.link import HEADER_BYTES, MSS_BYTES, Delivery, LinkDirection, LinkProfile
+from dsdlab.sim.link import Delivery, LinkDirection
+from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, LinkProfile
 from testbed.links.base import Endpoint, percentile
 
 READ_BYTES = 256 * 1024

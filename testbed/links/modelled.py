@@ -25,7 +25,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from testbed.child import Child
 from testbed.control import NodeDied, NodeError
 from testbed.ledger import Ledger

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from e2e_tools import DRAFTER, TARGET, alone
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from testbed.controller import Testbed
 
 pytestmark = pytest.mark.e2e

@@ -9,12 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsdlab.sim.link import (
+from dsdlab.sim.link import Delivery, LinkDirection
+from dsdlab.sim.profile import (
     HEADER_BYTES,
     MSS_BYTES,
-    Delivery,
     Direction,
-    LinkDirection,
     LinkProfile,
     segments_of,
     wire_bytes,

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from bed_tools import run
 
-from dsdlab.sim.link import LinkProfile, wire_bytes
+from dsdlab.sim.profile import LinkProfile, wire_bytes
 from testbed.links.base import EchoServer, Endpoint, LinkError, echo_rtts_ms, percentile
 from testbed.links.modelled import ModelledLink
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 from bed_tools import HERE, descendants_and_orphans, run
 
-from dsdlab.sim.link import LinkProfile
+from dsdlab.sim.profile import LinkProfile
 from testbed.controller import CpuSplit, Testbed
 from testbed.ledger import Ledger
 from testbed.links.base import LinkError
