@@ -66,7 +66,7 @@ def expected_rtt_ms(profile: LinkProfile, instrument: str) -> float:
 
 
 def binomial_interval(lost: int, sent: int, level: float = 0.95) -> tuple[float, float]:
-    """Clopper–Pearson interval of a probability from `lost` of `sent` (Biometrika 26, 1934). (0, 1) for none."""
+    """Clopper–Pearson interval of a probability (Biometrika 26, 1934), from `lost` of `sent`."""
     if sent == 0:
         return 0.0, 1.0
     tail = (1.0 - level) / 2.0
