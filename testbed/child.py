@@ -16,7 +16,7 @@ from testbed import launch
 from testbed.control import ControlLines, NodeDied
 from testbed.ledger import Ledger, process_start
 
-__all__ = ["Child", "log_tail"]
+__all__ = ["LINE_BYTES", "Child", "log_tail", "obituary", "open_log", "too_late"]
 
 LINE_BYTES = 64 * 1024 * 1024  # a result with its events is one line
 TAIL_LINES = 3
@@ -35,6 +35,51 @@ def log_tail(path: Path, lines: int = TAIL_LINES, from_byte: int = 0) -> str:
 
 
 PLAIN_ERROR = "dsdlab: error: "  # how the command line says what the user can mend
+
+
+def open_log(path: Path, name: str) -> int:
+    """Add a line that `name` starts to a log, made with its folder; the log's size in bytes then."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as log:
+        log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {name} starts\n".encode())
+        return log.tell()
+
+
+def obituary(
+    control: ControlLines,
+    code: int | None,
+    log_path: Path,
+    from_byte: int,
+    *,
+    asked_to: bool = False,
+    cause: str | None = None,
+) -> str:
+    """One line on how something that speaks control lines ended.
+
+    code: exit status, −N for signal N. asked_to: we wanted it. cause: said instead of what the code says.
+    """
+    if cause is not None:
+        how = cause
+    elif code is None:
+        how = "closed its output"
+    elif code < 0:
+        how = f"was killed by {signal.Signals(-code).name}"
+    else:
+        how = f"ended with exit status {code}"
+    ready = control.ready
+    when = "" if ready.done() and ready.exception() is None else " before it was ready"
+    if asked_to:
+        when += " (asked to)"
+    tail = log_tail(log_path, from_byte=from_byte)
+    if PLAIN_ERROR in tail:  # it said in one line what is wrong: nothing else matters
+        return f"{control.name}: {tail.rpartition(PLAIN_ERROR)[2]}"
+    return f"{control.name} {how}{when}; {log_path}: {tail or '(nothing logged)'}"
+
+
+def too_late(name: str, timeout_s: float, log_path: Path, from_byte: int) -> NodeDied:
+    """It was not ready in time."""
+    tail = log_tail(log_path, from_byte=from_byte) or "(nothing logged)"
+    return NodeDied(f"{name} was not ready within {timeout_s:g} s; {log_path}: {tail}")
 
 
 class Child:
@@ -83,10 +128,8 @@ class Child:
         if cpus:
             options += ["--cpus", ",".join(map(str, cpus))]
         command = [sys.executable, "-I", "-S", launch.__file__, *options, "--", *argv]
-        log_path.parent.mkdir(parents=True, exist_ok=True)
+        open_log(log_path, name)
         with log_path.open("ab") as log:
-            log.write(f"--- {time.strftime('%Y-%m-%dT%H:%M:%S%z')} {name} starts\n".encode())
-            log.flush()
             try:
                 process = await asyncio.create_subprocess_exec(
                     *command,
@@ -125,21 +168,7 @@ class Child:
 
     def obituary(self) -> str:
         """One line on how it ended."""
-        code = self._process.returncode
-        if code is None:
-            how = "closed its output"
-        elif code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        else:
-            how = f"ended with exit status {code}"
-        ready = self.control.ready
-        when = "" if ready.done() and ready.exception() is None else " before it was ready"
-        if self._stopping:
-            when += " (asked to)"
-        tail = log_tail(self.log_path, from_byte=self._log_from)
-        if PLAIN_ERROR in tail:  # it said in one line what is wrong: nothing else matters
-            return f"{self.name}: {tail.rpartition(PLAIN_ERROR)[2]}"
-        return f"{self.name} {how}{when}; {self.log_path}: {tail or '(nothing logged)'}"
+        return obituary(self.control, self.returncode, self.log_path, self._log_from, asked_to=self._stopping)
 
     @property
     def returncode(self) -> int | None:
@@ -152,10 +181,7 @@ class Child:
             return await asyncio.wait_for(asyncio.shield(self.control.ready), timeout_s)
         except TimeoutError:
             self.kill()
-            tail = log_tail(self.log_path, from_byte=self._log_from) or "(nothing logged)"
-            raise NodeDied(
-                f"{self.name} was not ready within {timeout_s:g} s; {self.log_path}: {tail}"
-            ) from None
+            raise too_late(self.name, timeout_s, self.log_path, self._log_from) from None
 
     def kill(self) -> None:
         """SIGKILL, now; `wait` for the end."""
