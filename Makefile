@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint bench report doctor clean
+.PHONY: sweep test lint bench report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -21,6 +21,9 @@ bench: .venv/ready
 
 report: .venv/ready
 	for folder in results/*/rows.jsonl; do $(PY) -m dsdlab report "$$(dirname "$$folder")"; done
+
+image: .venv/ready
+	scripts/docker.sh with $(PY) -m testbed.image
 
 doctor: .venv/ready
 	$(PY) -m dsdlab doctor

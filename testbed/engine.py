@@ -1,0 +1,61 @@
+"""The Docker engine of this host: find it, or say in one line why it cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import getpass
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from testbed.runtimes.base import RuntimeFailed
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+
+__all__ = ["connect", "one_line", "socket_path"]
+
+START = "scripts/docker.sh start"
+
+
+def socket_path() -> Path:
+    """The engine's socket, from $DOCKER_HOST. Raises RuntimeFailed for an engine on another host: nodes mount
+    this host's files and get their network from it."""
+    host = os.environ.get("DOCKER_HOST") or "unix:///var/run/docker.sock"
+    if not host.startswith("unix://"):
+        raise RuntimeFailed(f"docker: needs an engine on this host (DOCKER_HOST is {host})")
+    return Path(host.removeprefix("unix://"))
+
+
+def connect(timeout_s: float = 120.0) -> DockerClient:
+    """A client whose engine has answered; blocking. Raises RuntimeFailed."""
+    path = socket_path()
+    with socket.socket(socket.AF_UNIX) as probe:  # its errors are clearer than the client's
+        try:
+            probe.connect(str(path))
+        except OSError as error:
+            raise RuntimeFailed(f"docker: {_why(path, error)}") from None
+
+    import docker
+    from docker.errors import DockerException
+
+    try:
+        client = docker.DockerClient(base_url=f"unix://{path}", version="auto", timeout=timeout_s)
+    except DockerException as error:
+        raise RuntimeFailed(f"docker: the engine at {path} does not answer: {one_line(error)}") from None
+    return client
+
+
+def _why(path: Path, error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return f"not allowed to use {path}: sudo usermod -aG docker {getpass.getuser()}, then log in again"
+    if error.errno == errno.ENOENT:
+        return f"no engine runs (no {path}): {START}, or install docker.io"
+    return f"no engine answers at {path} ({error.strerror}): {START}"
+
+
+def one_line(error: BaseException) -> str:
+    """What the engine said, without HTTP's words around it."""
+    text = getattr(error, "explanation", None) or str(error) or type(error).__name__
+    return " ".join(str(text).split()).strip('"')
