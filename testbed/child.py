@@ -170,6 +170,10 @@ class Child:
         """One line on how it ended."""
         return obituary(self.control, self.returncode, self.log_path, self._log_from, asked_to=self._stopping)
 
+    def write(self, data: bytes) -> None:
+        """Raw bytes to its standard input, before it speaks control lines."""
+        self._stdin.write(data)
+
     @property
     def returncode(self) -> int | None:
         """Exit status, −N for signal N, None while it runs."""

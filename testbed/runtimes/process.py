@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,10 @@ ROOT = Path(__file__).parents[2]
 class ProcessNode(NodeHandle):
     """A node that is a child of this process."""
 
-    def __init__(self, child: Child, info: dict[str, Any]) -> None:
+    def __init__(self, child: Child, info: dict[str, Any], address: str = LOOPBACK) -> None:
         self.name = child.name
         self.info = info
+        self._address = address
         self.log_path = child.log_path
         self._child = child
 
@@ -39,7 +41,7 @@ class ProcessNode(NodeHandle):
         return self._child.returncode
 
     def endpoint(self, port: int) -> Endpoint:
-        return Endpoint(LOOPBACK, port)
+        return Endpoint(self._address, port)
 
     async def request(self, message: dict[str, Any], timeout_s: float = 30.0) -> dict[str, Any]:
         return await self._child.control.request(message, timeout_s)
@@ -70,10 +72,10 @@ class ProcessRuntime(Runtime):
 
     async def start_node(self, spec: NodeSpec, timeout_s: float = 300.0) -> NodeHandle:
         if self._run_dir is None or self._ledger is None:
-            raise RuntimeFailed("process runtime: not started")
+            raise RuntimeFailed(f"{self.name} runtime: not started")
         if spec.cpu_quota is not None or spec.memory_mb is not None:
             field = "cpu_quota" if spec.cpu_quota is not None else "memory_mb"
-            raise RuntimeFailed(f"{spec.name}: {field} needs the docker runtime (this one is process)")
+            raise RuntimeFailed(f"{spec.name}: {field} needs the docker runtime (this one is {self.name})")
         running = self._children.get(spec.name)
         if running is not None and running.returncode is None:
             raise RuntimeFailed(f"{spec.name}: a node of this name is running already")
@@ -87,19 +89,34 @@ class ProcessRuntime(Runtime):
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH", ""))))
         child = await Child.start(
             spec.name,
-            [sys.executable, *spec.resolved_args(LOOPBACK, str(folder))],
+            [sys.executable, *spec.resolved_args(self._address(spec.name), str(folder))],
             log_path=self._run_dir / "logs" / f"{spec.name}.log",
             ledger=self._ledger,
             env={**os.environ, "PYTHONPATH": path, **thread_env(spec.cpus), **spec.env},
             cpus=spec.cpus,
+            launch_options=self._launch_options(),
         )
         self._children[spec.name] = child
         try:
-            return ProcessNode(child, await child.wait_ready(timeout_s))
+            await self._connect(spec, child)
+            return ProcessNode(child, await child.wait_ready(timeout_s), self._address(spec.name))
         except BaseException:
             child.kill()
             await child.wait()
             raise
+
+    # What the runtimes that are made of child processes differ in:
+
+    def _address(self, node: str) -> str:  # noqa: ARG002 - one address serves all nodes here
+        """Where a node listens."""
+        return LOOPBACK
+
+    def _launch_options(self) -> Sequence[str]:
+        """More options for `testbed.launch`."""
+        return ()
+
+    async def _connect(self, spec: NodeSpec, child: Child) -> None:
+        """Give a started child its network."""
 
     async def stop(self) -> None:
         await asyncio.gather(*(child.stop() for child in self._children.values()))

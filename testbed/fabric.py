@@ -1,0 +1,274 @@
+"""The fabric: a network namespace of our own in which the links of a run are built.
+
+Everything that a run needs of networking (bridges, virtual cables, taps, qdiscs) is made inside one namespace
+that no name points to. An agent process holds it, and dies with the controller; the kernel then takes the
+namespace and all that is in it away. So a controller that is killed leaves no interface behind, the host's own
+interfaces, firewall and routes are never touched, and two controllers never meet.
+
+    edge0 ── bridge e0 ══ box 0 ══╗
+    edge1 ── bridge e1 ══ box 1 ══╬══ bridge core ── verifier
+      …                      …    ║
+
+A box (`testbed.links.netem`) is what shapes; each node is alone in a namespace with one interface, `eth0`.
+All are in one subnet, with permanent neighbour entries, so that no ARP is delayed or lost by a link. Offloads
+are off everywhere: with them a link would drop or delay 64 KB at a time.
+
+Not root? Then the fabric is made inside a user namespace of its own, and only runtimes that can put their nodes
+there (`netns`) can use it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsdlab.sim.profile import TcpRegime
+from testbed import agent
+from testbed.child import Child
+from testbed.control import NodeDied, NodeError
+from testbed.ledger import Ledger
+from testbed.links.base import LinkError
+
+__all__ = ["SUBNET", "VERIFIER", "Fabric", "edge_name"]
+
+SUBNET = "10.77.0"
+VERIFIER = "verifier"
+CORE = "core"
+MTU = 1500
+REQUEST_TIMEOUT_S = 30.0
+OFFLOADS = ("rx", "tx", "sg", "tso", "gso", "gro")
+NAMESPACE_TIMEOUT_S = 20.0
+MAX_EDGES = 64
+
+
+def edge_name(index: int) -> str:
+    """The name of an edge node."""
+    return f"edge{index}"
+
+
+def _host_number(node: str) -> int:
+    return 1 if node == VERIFIER else 10 + int(node.removeprefix("edge"))
+
+
+def _mac(node: str) -> str:
+    return f"02:d5:d1:ab:00:{_host_number(node):02x}"
+
+
+def offloads_off(device: str) -> list[str]:
+    """The command that switches a device's offloads off."""
+    return ["ethtool", "-K", device, *(word for name in OFFLOADS for word in (name, "off"))]
+
+
+class Fabric:
+    """The namespace, its agent and the nodes' cables. A `Wiring` for runtimes.
+
+    n_edges: how many edge nodes there will be, 1 to 64. Raises LinkError.
+    """
+
+    def __init__(self, n_edges: int = 1) -> None:
+        if not 1 <= n_edges <= MAX_EDGES:
+            raise LinkError(f"edges: {n_edges} is out of range (allowed: 1 to {MAX_EDGES})")
+        self.n_edges = n_edges
+        self.nodes = (VERIFIER, *(edge_name(i) for i in range(n_edges)))
+        self.rootless = os.geteuid() != 0
+        self._child: Child | None = None
+        self._pids: dict[str, int] = {}
+
+    # -- life ----------------------------------------------------------------------------------------------
+
+    async def start(self, run_dir: Path) -> None:
+        """Make the namespace and its bridges. Raises LinkError, naming what this host lacks."""
+        options = ["--new-user", "--new-net"] if self.rootless else ["--new-net"]
+        try:
+            self._child = await Child.start(
+                "fabric",
+                [sys.executable, "-I", "-S", agent.__file__],
+                log_path=run_dir / "logs" / "fabric.log",
+                ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
+                launch_options=options,
+            )
+            await self._child.wait_ready(REQUEST_TIMEOUT_S)
+            bridges = [CORE, *(f"e{i}" for i in range(self.n_edges))]
+            await self.batch(
+                "ip",
+                ["link set lo up"]
+                + [
+                    line
+                    for name in bridges
+                    for line in (f"link add {name} type bridge", f"link set {name} up")
+                ],
+            )
+            # A bridge answers and floods less when it has no address and learns nothing it does not need.
+            await self.quiet(bridges)
+        except (NodeDied, NodeError) as error:
+            await self.stop()
+            raise LinkError(f"{error}{self._hint(str(error))}") from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    def _hint(self, text: str) -> str:
+        if self.rootless and ("unshare" in text or "setgroups" in text or "uid_map" in text):
+            return " (user namespaces are refused here: run as root, or see dsdlab doctor)"
+        return ""
+
+    async def stop(self) -> None:
+        """End the agent; the namespace goes when the nodes in it have ended too. Idempotent."""
+        if self._child is not None:
+            await self._child.stop(grace_s=1.0)
+            self._child = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether the namespace is held."""
+        return self._child is not None and self._child.returncode is None
+
+    @property
+    def pid(self) -> int:
+        """A process in the namespace. Raises LinkError when it is gone."""
+        if self._child is None or not self.alive:
+            raise LinkError("fabric: not started")
+        return self._child.pid
+
+    @property
+    def join_options(self) -> list[str]:
+        """Launch options that start a process in the fabric's own namespace."""
+        return [*self.user_options, "--net-of", str(self.pid)]
+
+    @property
+    def user_options(self) -> list[str]:
+        """Launch options that let a process make namespaces that the fabric may wire."""
+        return ["--user-of", str(self.pid)] if self.rootless else []
+
+    # -- commands ------------------------------------------------------------------------------------------
+
+    async def run(self, *commands: Sequence[str], node: str | None = None, text: str = "") -> list[str]:
+        """Run commands in the fabric, or in a node's namespace; their outputs. Raises LinkError."""
+        if self._child is None:
+            raise LinkError("fabric: not started")
+        prefix = [] if node is None else ["nsenter", f"--net=/proc/{self._pids[node]}/ns/net", "--"]
+        request = {"op": "run", "commands": [[*prefix, *c] for c in commands], "input": text}
+        try:
+            answer = await self._child.control.request(request, REQUEST_TIMEOUT_S)
+        except NodeError as error:
+            text = str(error)
+            if error.code == "missing":
+                text += " (apt install iproute2 ethtool util-linux)"
+            raise LinkError(text) from error
+        except (NodeDied, TimeoutError) as error:
+            raise LinkError(str(error)) from error
+        outputs: list[str] = answer["outputs"]
+        return outputs
+
+    async def batch(self, tool: str, lines: Sequence[str], node: str | None = None) -> None:
+        """Many commands of `ip` or `tc` in one process. Raises LinkError."""
+        await self.run([tool, "-batch", "-"], node=node, text="\n".join(lines) + "\n")
+
+    async def quiet(self, devices: Sequence[str], node: str | None = None) -> None:
+        """No IPv6 on devices: its neighbour discovery would be traffic that nobody asked for."""
+        script = "".join(
+            f"f=/proc/sys/net/ipv6/conf/{name}/disable_ipv6; [ ! -e $f ] || echo 1 > $f; " for name in devices
+        )
+        await self.run(["sh", "-c", script], node=node)
+
+    # -- wiring --------------------------------------------------------------------------------------------
+
+    def address(self, node: str) -> str:
+        return f"{SUBNET}.{_host_number(node)}"
+
+    @staticmethod
+    def bridge_of(node: str) -> str:
+        """The bridge that a node's cable ends at."""
+        return CORE if node == VERIFIER else "e" + node.removeprefix("edge")
+
+    async def namespace_made(self, pid: int) -> None:
+        """Wait until a launched process is in a network namespace of its own. Raises LinkError."""
+        end_s = asyncio.get_running_loop().time() + NAMESPACE_TIMEOUT_S
+        ours = os.readlink("/proc/self/ns/net")
+        while asyncio.get_running_loop().time() < end_s:
+            try:
+                if os.readlink(f"/proc/{pid}/ns/net") != ours:
+                    return
+            except PermissionError:  # between two sets of credentials
+                pass
+            except OSError as error:
+                raise LinkError(f"process {pid} ended before it had a network namespace") from error
+            await asyncio.sleep(0.002)
+        raise LinkError(f"process {pid} has no network namespace of its own after {NAMESPACE_TIMEOUT_S:g} s")
+
+    async def attach(self, node: str, pid: int) -> None:
+        """A cable from the node's bridge into the namespace of `pid`, and its address there."""
+        cable = f"n{_host_number(node)}"
+        self._pids[node] = pid
+        await self.run(
+            ["sh", "-c", f"ip link del {cable} 2>/dev/null || true"],  # of a node that died and starts again
+            ["ip", "link", "add", cable, "mtu", str(MTU), "type", "veth",
+             "peer", "name", "eth0", "address", _mac(node), "mtu", str(MTU), "netns", str(pid)],
+            offloads_off(cable),
+        )  # fmt: skip
+        await self.quiet([cable])
+        await self.batch("ip", [f"link set {cable} master {self.bridge_of(node)} up"])
+        await self.quiet(["all", "default", "eth0"], node=node)
+        await self.run(offloads_off("eth0"), node=node)
+        others = (VERIFIER,) if node != VERIFIER else self.nodes[1:]
+        await self.batch(
+            "ip",
+            ["link set lo up", f"addr add {self.address(node)}/24 dev eth0", "link set eth0 up"]
+            + [f"neigh replace {self.address(n)} lladdr {_mac(n)} nud permanent dev eth0" for n in others],
+            node=node,
+        )
+
+    # -- TCP -----------------------------------------------------------------------------------------------
+
+    async def set_tcp(self, regime: TcpRegime) -> None:
+        """Put a regime into force in every node, for connections made from now on. Raises LinkError.
+
+        Algorithm and RTO floor are attributes of the route: unlike the namespace's sysctl, a route may name
+        algorithms that the host's administrator keeps from ordinary users, and both ends take it.
+        """
+        algorithm = await self._algorithm(regime.congestion)
+        words = f"rto_min {regime.rto_min_ms:g}ms" + (f" congctl {algorithm}" if algorithm else "")
+        for node in self._pids:
+            values = {
+                "tcp_slow_start_after_idle": int(regime.slow_start_after_idle),
+                "tcp_no_metrics_save": 1,
+            }
+            script = "; ".join(f"echo {v} > /proc/sys/net/ipv4/{k}" for k, v in values.items())
+            route = f"route replace {SUBNET}.0/24 dev eth0 src {self.address(node)} {words}"
+            await self.run(
+                ["sh", "-c", script], ["ip", *route.split()], ["ip", "tcp_metrics", "flush"], node=node
+            )
+
+    async def _algorithm(self, asked: str) -> str:
+        if not hasattr(self, "_algorithms"):
+            path = "/proc/sys/net/ipv4/tcp_available_congestion_control"
+            self._algorithms = (await self.run(["cat", path]))[0].split()
+        if asked == "auto":
+            return "cubic" if "cubic" in self._algorithms else ""
+        if asked not in self._algorithms:
+            raise LinkError(
+                f"tcp.congestion: {asked!r} is not in this kernel (available: {', '.join(self._algorithms)}; "
+                f"modprobe tcp_{asked} may add it)"
+            )
+        return asked
+
+    async def tcp_state(self, node: str) -> dict[str, Any]:
+        """What the kernel says of a node: slow start after idle, and offloads that are on (none should be)."""
+        sysctl, features = await self.run(
+            ["cat", "/proc/sys/net/ipv4/tcp_slow_start_after_idle"], ["ethtool", "-k", "eth0"], node=node
+        )
+        names = ("rx-checksumming", "tx-checksumming", "scatter-gather", "tcp-segmentation-offload",
+                 "generic-segmentation-offload", "generic-receive-offload")  # fmt: skip
+        pairs = (line.partition(":") for line in features.splitlines())
+        on = [key.strip() for key, _, value in pairs if key.strip() in names and value.split()[:1] == ["on"]]
+        return {"slow_start_after_idle": sysctl.strip() == "1", "offloads_on": on}
+
+    async def drop_connections(self, node: str) -> int:
+        """Reset every TCP connection of a node; how many there were. Raises LinkError."""
+        listed, _ = await self.run(["ss", "-Htn"], ["ss", "-K", "-Htn"], node=node)
+        return len(listed.splitlines())

@@ -1,0 +1,154 @@
+"""netem for kernels without it: the boxes live inside a User-Mode Linux router.
+
+`linux.uml` is a Linux kernel that runs as an ordinary process (Debian: package user-mode-linux, with sch_netem
+among its modules). One router holds the boxes of all edges: each has two network devices, which are taps of the
+fabric, and a bridge between them. The router's root is the host's file system, read-only; its first process
+becomes the same agent that the fabric has, so that both are told what to do in the same words.
+
+It runs in a PID namespace of its own: when it or the controller is killed, nothing of it lives on. Nothing of
+it is on disk either: its start script goes in through its console.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsdlab.sim.profile import Direction, LinkProfile
+from testbed import agent
+from testbed.child import Child
+from testbed.control import NodeDied, NodeError
+from testbed.fabric import CORE, offloads_off
+from testbed.ledger import Ledger
+from testbed.links.base import LinkError
+from testbed.links.netem import Boxes
+
+__all__ = ["MODULES", "UmlBoxes", "uml_problem"]
+
+KERNEL = "linux.uml"
+MODULES = Path("/usr/lib/uml/modules")
+BOOT_TIMEOUT_S = 60.0
+REQUEST_TIMEOUT_S = 30.0
+VECTOR_DEPTH = 128  # packets that a device takes at once
+TAP_PACKETS = 10_000
+
+
+def uml_problem() -> str:
+    """Why no router can be started here, with the mend; empty where one can."""
+    if shutil.which(KERNEL) is None:
+        return f"no {KERNEL} (apt install user-mode-linux)"
+    if not any(MODULES.glob("*/kernel/net/sched/sch_netem.ko*")):
+        return f"no sch_netem under {MODULES} (apt install user-mode-linux)"
+    tun = Path("/dev/net/tun")
+    try:
+        tun.open("r+b", buffering=0).close()
+    except OSError as error:
+        mend = "modprobe tun" if not tun.exists() else f"chmod 666 {tun}"
+        return f"{tun}: {(error.strerror or 'cannot be opened').lower()} ({mend})"
+    return ""
+
+
+def _start_script(n_boxes: int) -> str:
+    """What the router's first process, a shell on its console, is told."""
+    modules = "/run/m/lib/modules/$(uname -r)"
+    lines = [
+        "PS1=; stty raw -echo",
+        "mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs none /run; mount -t tmpfs none /tmp",
+        f"mkdir -p /run/m/lib/modules; ln -s {MODULES}/$(uname -r) {modules}",
+        "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH",
+        "modprobe -d /run/m sch_netem; modprobe -d /run/m bridge",
+        "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 1 > $f; done",
+    ]
+    for box in range(n_boxes):
+        near, far = f"vec{2 * box}", f"vec{2 * box + 1}"
+        lines += [
+            f"ip link add br{box} type bridge ageing_time 8640000 mcast_snooping 0",
+            *(f"ip link set {port} master br{box} up" for port in (near, far)),
+            f"ip link set br{box} up",
+        ]
+    lines += [f"echo; {shlex.quote(sys.executable)} -I -S {shlex.quote(agent.__file__)}; halt -f"]
+    return "\n".join(lines) + "\n"
+
+
+class UmlBoxes(Boxes):
+    """All boxes of a fabric in one router process."""
+
+    name = "netem-uml"
+    label = "netem (User-Mode Linux)"
+
+    def __init__(self, fabric: object) -> None:
+        super().__init__(fabric)  # type: ignore[arg-type]
+        self._child: Child | None = None
+
+    async def start(self, run_dir: Path) -> None:
+        if problem := uml_problem():
+            raise LinkError(f"link netem-uml: {problem}")
+        fabric = self.fabric
+        argv = [
+            KERNEL, f"mem={64 + 4 * fabric.n_edges}M", "rootfstype=hostfs", "rootflags=/", "ro", "init=/bin/sh",
+            "uml_dir=/nonexistent", "con0=fd:0,fd:1", "con=null", "quiet", "random.trust_cpu=on",
+        ]  # fmt: skip
+        for edge in range(fabric.n_edges):
+            await self._make_taps(edge)
+            for k, tap in enumerate((f"a{edge}", f"b{edge}")):
+                argv.append(f"vec{2 * edge + k}:transport=tap,ifname={tap},depth={VECTOR_DEPTH},gro=0")
+        try:
+            self._child = await Child.start(
+                "router",
+                argv,
+                log_path=run_dir / "logs" / "router.log",
+                ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
+                launch_options=[*fabric.join_options, "--new-pid", "--realtime"],
+            )
+            self._child.write(_start_script(fabric.n_edges).encode())
+            await self._child.wait_ready(BOOT_TIMEOUT_S)
+            await self.shape(dict.fromkeys(range(fabric.n_edges), LinkProfile()))
+        except (NodeDied, NodeError) as error:
+            await self.stop()
+            raise LinkError(f"link netem-uml: {error}") from error
+        except BaseException:
+            await self.stop()
+            raise
+
+    async def _make_taps(self, edge: int) -> None:
+        fabric = self.fabric
+        near, far = f"a{edge}", f"b{edge}"
+        await fabric.batch(
+            "ip", [f"tuntap add {tap} mode tap" for tap in (near, far)]
+            + [f"link set {tap} txqueuelen {TAP_PACKETS}" for tap in (near, far)]
+        )  # fmt: skip
+        await fabric.run(offloads_off(near), offloads_off(far))
+        await fabric.quiet([near, far])
+        await fabric.batch("ip", [f"link set {near} master e{edge} up", f"link set {far} master {CORE} up"])
+
+    def device(self, edge: int, direction: Direction) -> str:
+        return f"vec{2 * edge + 1}" if direction == "up" else f"vec{2 * edge}"
+
+    async def tc(self, *arguments: str, lines: Sequence[str] = ()) -> str:
+        if self._child is None:
+            raise LinkError("link netem-uml: the router is not running")
+        text = "".join(f"{line}\n" for line in lines)
+        request = {"op": "run", "commands": [["tc", *arguments]], "input": text}
+        try:
+            answer = await self._child.control.request(request, REQUEST_TIMEOUT_S)
+        except (NodeDied, NodeError, TimeoutError) as error:
+            raise LinkError(f"link netem-uml: {error}") from error
+        return str(answer["outputs"][0])
+
+    async def stop(self) -> None:
+        if self._child is not None:
+            await self._child.stop(grace_s=2.0)
+            self._child = None
+
+    @property
+    def alive(self) -> bool:
+        return self._child is not None and self._child.returncode is None
+
+    @property
+    def pid(self) -> int | None:
+        """The router's process while it runs."""
+        return self._child.pid if self._child is not None and self.alive else None
