@@ -250,7 +250,7 @@ def _print_result(result: Any, as_json: bool) -> None:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
         return
     click.echo(result.summary.verdict)
-    click.echo(result.summary.exact_line)
+    click.echo("\n".join([result.summary.exact_line, *result.summary.notes]))
     click.echo(f"report: {result.report}")
 
 

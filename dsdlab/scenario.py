@@ -7,96 +7,49 @@ import itertools
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from dsdlab.decoding import Sampling
 from dsdlab.nodes.request import DRAFTING_MODES, MODES
-from dsdlab.policies import window_policy_names
-from dsdlab.protocol.frames import MAX_WINDOW
+from dsdlab.scenario_parts import (
+    LINKS,
+    RUNTIMES,
+    UNLIMITED,
+    Grid,
+    LinkName,
+    LinkPart,
+    Mode,
+    Models,
+    Nodes,
+    Part,
+    Run,
+    Runtime,
+    SamplingPart,
+    Tcp,
+    Workload,
+    mbit,
+)
+from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
 
-UNLIMITED = "unlimited"
-RUNTIMES = ("process",)
-LINKS = ("modelled",)
+__all__ = ["LINKS", "RUNTIMES", "UNLIMITED", "Cell", "Scenario", "ScenarioError", "Workload", "load_scenario"]
+
+# where a scenario says what a field of LinkProfile is
+_PLACES = {
+    "rtt_ms": "grid.rtt_ms",
+    "jitter_ms": "grid.jitter_ms",
+    "loss_pct": "grid.loss_pct",
+    "loss_burst": "grid.loss_burst",
+    "rto_min_ms": "tcp.rto_min_ms",
+}
 
 
 class ScenarioError(Exception):
     """A scenario cannot be used; one line naming file, field, value and what is allowed."""
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Models(_Part):
-    """Which pair, and in which precision the target computes."""
-
-    target: str = "smollm2-135m-instruct"
-    drafter: str = "lookup+smollm2-drafter"
-    precision: Literal["bf16", "fp32", "int8"] = "bf16"
-    max_context: Annotated[int, Field(ge=16, le=1 << 20)] = 2048
-
-
-class Workload(_Part):
-    """Prompts and lengths. `prompts` is "builtin", or a JSONL file named relative to the scenario."""
-
-    prompts: str = "builtin"
-    n_prompts: Annotated[int, Field(ge=1, le=100_000)] = 4
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 20)] = 48
-    stop_at_eos: bool = True
-
-
-class SamplingPart(_Part):
-    """Each temperature is an axis of the grid; 0 is greedy."""
-
-    temperature: Annotated[list[Annotated[float, Field(ge=0, le=100)]], Field(min_length=1)] = [0.0]
-    top_k: Annotated[int, Field(ge=0)] = 0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-
-
-Mode = Literal["cloud-ar", "cloud-sd", "edge-sd", "dsd-sync"]
-
-
-class Grid(_Part):
-    """The axes; every combination is a cell. γ does not concern `cloud-ar`."""
-
-    mode: Annotated[list[Mode], Field(min_length=1)] = ["cloud-ar", "cloud-sd", "dsd-sync"]
-    policy: Annotated[list[str], Field(min_length=1)] = ["static"]
-    gamma: Annotated[list[Annotated[int, Field(ge=0, le=MAX_WINDOW)]], Field(min_length=1)] = [4]
-    rtt_ms: Annotated[list[Annotated[float, Field(ge=0, le=10_000)]], Field(min_length=1)]
-    rate_mbit: Annotated[
-        list[Annotated[float, Field(gt=0, le=100_000)] | Literal["unlimited"]], Field(min_length=1)
-    ] = ["unlimited"]
-    loss_pct: Annotated[list[Annotated[float, Field(ge=0, le=50)]], Field(min_length=1)] = [0.0]
-
-    @field_validator("*")
-    @classmethod
-    def _no_repeats(cls, values: list[Any]) -> list[Any]:
-        if len(set(values)) != len(values):
-            raise ValueError("every value once")
-        return values
-
-    @field_validator("policy")
-    @classmethod
-    def _installed(cls, names: list[str]) -> list[str]:
-        installed = window_policy_names()
-        if not set(names) <= set(installed):
-            raise ValueError(f"installed window policies ({', '.join(installed)})")
-        return names
-
-
-class Run(_Part):
-    """How often, where, and how long a generation may take."""
-
-    repeats: Annotated[int, Field(ge=1, le=100_000)] = 3
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
-    runtime: Literal["process"] = "process"
-    link: Literal["modelled"] = "modelled"
-    timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 120.0
-
-
-class Cell(_Part):
+class Cell(Part):
     """One combination of the grid."""
 
     mode: Mode
@@ -106,19 +59,96 @@ class Cell(_Part):
     rate_mbit: float | None  # None: unlimited
     loss_pct: float
     temperature: float
+    jitter_ms: float = 0.0
+    loss_burst: float = 1.0
+    congestion: str = "auto"
+    slow_start_after_idle: bool = True
+    rto_min_ms: float = 200.0
+    nodelay: bool = True
+
+    @property
+    def tcp(self) -> TcpRegime:
+        """How both ends' TCP is to behave."""
+        return TcpRegime(
+            congestion=self.congestion,
+            slow_start_after_idle=self.slow_start_after_idle,
+            rto_min_ms=self.rto_min_ms,
+            nodelay=self.nodelay,
+        )
 
 
-class Scenario(_Part):
+class Scenario(Part):
     """A whole scenario file."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")]
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]{0,63}$")
     title: str = ""
     models: Models = Models()
     workload: Workload = Workload()
     sampling: SamplingPart = SamplingPart()
     grid: Grid
+    link: LinkPart = LinkPart()
+    tcp: Tcp = Tcp()
+    nodes: Nodes = Nodes()
     run: Run = Run()
     _content: str = PrivateAttr("")
+    _where: str = PrivateAttr("")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Scenario:
+        """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
+        self._check_run()
+        for index, step in enumerate(self.link.steps):
+            try:
+                step.link_step()
+            except ValueError as e:
+                raise ValueError(f"link.steps.{index} {e}") from None
+        steps = self.steps
+        links = {(c.rtt_ms, c.rate_mbit, c.loss_pct, c.loss_burst, c.jitter_ms): c for c in self.cells()}
+        for cell in links.values():
+            try:
+                profile = self.profile_of(cell)
+            except ValueError as e:
+                field, colon, rest = str(e).partition(":")
+                raise ValueError(f"{_PLACES.get(field, f'link.{field}')}{colon}{rest}") from None
+            for n in range(1, len(steps) + 1):  # one more each time, to name the one that cannot be
+                try:
+                    LinkStep.timeline(profile, steps[:n])
+                except ValueError as e:
+                    raise ValueError(f"link.steps.{n - 1}: {e} (from rtt_ms {cell.rtt_ms:g})") from None
+        return self
+
+    def _check_run(self) -> None:
+        """What the named runtime and link cannot do; "auto" is checked once it is resolved."""
+        if self.run.link == "modelled":
+            if self.link.reorder_pct:
+                raise ValueError(
+                    f"link.reorder_pct is {self.link.reorder_pct:g} with run.link 'modelled'; "
+                    "needs netem or netem-uml"
+                )
+            for index, step in enumerate(self.link.steps):
+                if step.partition:
+                    raise ValueError(
+                        f"link.steps.{index}.partition is true with run.link 'modelled'; "
+                        "needs netem or netem-uml"
+                    )
+        if self.run.runtime == "process":  # its nodes share the host's TCP
+            if self.tcp.congestion != ["auto"]:
+                raise ValueError(
+                    f"tcp.congestion is {self.tcp.congestion} with run.runtime 'process'; "
+                    "needs runtime netns or docker"
+                )
+            if self.tcp.slow_start_after_idle != [True]:
+                raise ValueError(
+                    f"tcp.slow_start_after_idle is {self.tcp.slow_start_after_idle} with run.runtime "
+                    "'process'; needs runtime netns or docker"
+                )
+        if self.run.runtime not in ("docker", "auto"):
+            for field, value in self.nodes:
+                if value is not None:
+                    raise ValueError(
+                        f"nodes.{field} is {value:g} with run.runtime {self.run.runtime!r}; "
+                        "needs runtime docker"
+                    )
 
     def pinned(self, content: str) -> Scenario:
         """The same scenario with cell ids that also depend on `content`, a hash of the files it names."""
@@ -126,25 +156,68 @@ class Scenario(_Part):
         out._content = content
         return out
 
+    def resolved(self, runtime: str, link: str) -> Scenario:
+        """The same scenario with the runtime and link that "auto" stands for on this host.
+
+        Raises ScenarioError where the chosen ones cannot do what the scenario asks.
+        """
+        raw = self.model_dump()
+        raw["run"] |= {"runtime": runtime, "link": link}
+        try:
+            out = Scenario.model_validate(raw)
+        except ValidationError as e:
+            where = f"{self._where}: " if self._where else ""
+            raise ScenarioError(f"{where}{_first_problem(e)}") from None
+        out._content, out._where = self._content, self._where
+        return out
+
+    @property
+    def steps(self) -> tuple[LinkStep, ...]:
+        """How the link changes during every generation, in the file's order."""
+        return tuple(step.link_step() for step in self.link.steps)
+
+    def profile_of(self, cell: Cell) -> LinkProfile:
+        """The link that a cell asks for, before any step. Raises ValueError where there can be none."""
+        up, down = self.link.rate_up_mbit, self.link.rate_down_mbit
+        return LinkProfile(
+            rtt_ms=cell.rtt_ms,
+            up_fraction=self.link.up_fraction,
+            rate_up_mbit=cell.rate_mbit if up is None else mbit(up),
+            rate_down_mbit=cell.rate_mbit if down is None else mbit(down),
+            loss_pct=cell.loss_pct,
+            loss_burst=cell.loss_burst,
+            jitter_ms=cell.jitter_ms,
+            reorder_pct=self.link.reorder_pct,
+            buffer_bytes=self.link.buffer_bytes,
+            rto_min_ms=cell.rto_min_ms,
+        )
+
     def cells(self) -> list[Cell]:
         """Every cell once, in grid order."""
-        g = self.grid
+        g, t = self.grid, self.tcp
         out: dict[Cell, None] = {}
-        axes = itertools.product(
-            self.sampling.temperature, g.loss_pct, g.rate_mbit, g.rtt_ms, g.mode, g.policy, g.gamma
-        )
-        for temperature, loss, rate, rtt, mode, policy, gamma in axes:
-            drafting = mode in DRAFTING_MODES
-            cell = Cell(
-                mode=mode,
-                policy=policy if mode == "dsd-sync" else "static",
-                gamma=gamma if drafting else 0,
-                rtt_ms=rtt,
-                rate_mbit=None if isinstance(rate, str) else rate,
-                loss_pct=loss,
-                temperature=temperature,
-            )
-            out[cell] = None
+        links = itertools.product(
+            self.sampling.temperature, t.congestion, t.slow_start_after_idle, t.rto_min_ms, t.nodelay,
+            g.loss_pct, g.loss_burst, g.rate_mbit, g.jitter_ms, g.rtt_ms,
+        )  # fmt: skip
+        for heat, congestion, slow_start, rto_min_ms, nodelay, loss, burst, rate, jitter, rtt in links:
+            for mode, policy, gamma in itertools.product(g.mode, g.policy, g.gamma):
+                cell = Cell(
+                    mode=mode,
+                    policy=policy if mode == "dsd-sync" else "static",
+                    gamma=gamma if mode in DRAFTING_MODES else 0,
+                    rtt_ms=rtt,
+                    rate_mbit=mbit(rate),
+                    loss_pct=loss,
+                    temperature=heat,
+                    jitter_ms=jitter,
+                    loss_burst=burst if loss else 1.0,
+                    congestion=congestion,
+                    slow_start_after_idle=slow_start,
+                    rto_min_ms=rto_min_ms,
+                    nodelay=nodelay,
+                )
+                out[cell] = None
         return list(out)
 
     def cell_id(self, cell: Cell) -> str:
@@ -158,6 +231,8 @@ class Scenario(_Part):
             "seed": self.run.seed,
             "runtime": self.run.runtime,
             "link": self.run.link,
+            "shared": self.link.model_dump(),
+            "nodes": self.nodes.model_dump(),
             "content": self._content,
         }
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
@@ -198,9 +273,11 @@ def load_scenario(path: Path, overrides: dict[str, Any] | None = None) -> tuple[
             raise ScenarioError(f"{path}: {part} is {raw[part]!r}; allowed: a table [{part}]")
         raw[part][key] = value
     try:
-        return Scenario.model_validate(raw), text
+        scenario = Scenario.model_validate(raw)
     except ValidationError as e:
         raise ScenarioError(f"{path}: {_first_problem(e)}") from None
+    scenario._where = str(path)
+    return scenario, text
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -209,12 +286,16 @@ def _first_problem(error: ValidationError) -> str:
     # pydantic names union branches too; a user knows keys and list places
     places = [str(p) for p in problem["loc"] if isinstance(p, int) or p.isidentifier()]
     field = ".".join(p for p in places if p not in ("float", "int"))
+    if not places:  # found between tables: it names its field itself
+        return problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return f"unknown key {field!r}; allowed there: {', '.join(_keys_beside(problem['loc']))}"
     if problem["type"] == "missing":
         return f"{field} is missing"
-    if field.startswith("grid.rate_mbit"):
-        return f"{field} is {problem['input']!r}; allowed: a number above 0, or {UNLIMITED!r}"
+    if "rate_" in field:
+        return f"{field} is {problem['input']!r}; allowed: a number from 0.001 to 100000, or {UNLIMITED!r}"
+    if field.startswith("tcp.congestion") and problem["type"] == "string_pattern_mismatch":
+        return f"{field} is {problem['input']!r}; allowed: the kernel's name of an algorithm, or 'auto'"
     if problem["type"] == "string_pattern_mismatch":
         return f"{field} is {problem['input']!r}; allowed: lower-case letters, digits and hyphens, at most 64"
     if problem["type"] in ("model_type", "model_attributes_type"):
@@ -229,11 +310,16 @@ def _first_problem(error: ValidationError) -> str:
 def _keys_beside(loc: tuple[int | str, ...]) -> list[str]:
     model: type[BaseModel] = Scenario
     for part in loc[:-1]:
-        annotation = model.model_fields[str(part)].annotation
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+        if isinstance(part, int):
+            continue
+        annotation: Any = model.model_fields[part].annotation
+        inner = next(iter(get_args(annotation)), annotation)  # of a list of tables, the table
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
             break
-        model = annotation
+        model = inner
     return list(model.model_fields)
 
 
-assert set(Mode.__args__) == set(MODES)  # type: ignore[attr-defined] # one list of modes, checked at import
+assert set(get_args(Mode)) == set(MODES)  # one list of each kind of word, checked at import
+assert get_args(Runtime) == RUNTIMES
+assert get_args(LinkName) == LINKS

@@ -25,17 +25,18 @@ from rich.progress import (
 )
 
 from dsdlab.models.loading import load_tokenizer
-from dsdlab.scenario import Scenario, ScenarioError, load_scenario
+from dsdlab.scenario import Cell, Scenario, ScenarioError, load_scenario
 from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs, remaining
 from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references
 from dsdlab.sweep.rows import Row
-from dsdlab.sweep.runner import run_jobs
+from dsdlab.sweep.runner import describe_steps, run_jobs
 from dsdlab.sweep.stats import Summary, summarise, summary_json
 from dsdlab.sweep.store import Store, StoreError, read_json, read_rows, write_json
 from dsdlab.sweep.workload import encode_prompt, load_prompts
-from testbed.controller import CpuSplit, Testbed, make_link, make_runtime
+from testbed.controller import CpuSplit, Testbed
+from testbed.lab import make_lab
 from testbed.sweepbed import SweepBed
 
 REPORT = "report.html"
@@ -81,19 +82,33 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
     """What --dry-run prints: every cell, and how long it may take."""
     from rich.table import Table
 
-    table = Table(title=f"{scenario.name}: {len(scenario.cells())} cells × {scenario.run.repeats} repeats")
-    for column in ("cell", "mode", "γ", "RTT ms", "rate Mbit/s", "loss %", "temperature"):
-        table.add_column(column, justify="left" if column in ("cell", "mode") else "right")
-    for cell in scenario.cells():
-        rate = "unlimited" if cell.rate_mbit is None else f"{cell.rate_mbit:g}"
-        table.add_row(
-            scenario.cell_id(cell), cell.mode, str(cell.gamma or "–"), f"{cell.rtt_ms:g}", rate,
-            f"{cell.loss_pct:g}", f"{cell.temperature:g}",
-        )  # fmt: skip
+    cells = scenario.cells()
+    axes: dict[str, Callable[[Cell], str]] = {
+        "cell": scenario.cell_id,
+        "mode": lambda c: c.mode,
+        "γ": lambda c: str(c.gamma or "–"),
+        "RTT ms": lambda c: f"{c.rtt_ms:g}",
+        "rate Mbit/s": lambda c: "unlimited" if c.rate_mbit is None else f"{c.rate_mbit:g}",
+        "loss %": lambda c: f"{c.loss_pct:g}",
+        "temperature": lambda c: f"{c.temperature:g}",
+    }
+    if any(c.loss_burst != 1.0 for c in cells):
+        axes["burst"] = lambda c: f"{c.loss_burst:g}"
+    if any(c.jitter_ms for c in cells):
+        axes["jitter ms"] = lambda c: f"{c.jitter_ms:g}"
+    if any(c.tcp.label for c in cells):
+        axes["TCP"] = lambda c: c.tcp.label or "default"
+    table = Table(title=f"{scenario.name}: {len(cells)} cells × {scenario.run.repeats} repeats")
+    for name in axes:
+        table.add_column(name, justify="left" if name in ("cell", "mode", "TCP") else "right")
+    for cell in cells:
+        table.add_row(*(show(cell) for show in axes.values()))
     console.print(table)
-    _, link = scenario.run.runtime, scenario.run.link
+    if scenario.steps:
+        console.print(f"during every generation: {describe_steps(scenario.steps)}", highlight=False)
     seconds = estimate_s(jobs, scenario.workload.max_new_tokens)
-    console.print(f"{len(jobs)} generations, about {seconds / 60:.0f} min; link {link}; results to {folder}")
+    where = f"runtime {scenario.run.runtime}, link {scenario.run.link}"
+    console.print(f"{len(jobs)} generations, about {seconds / 60:.0f} min; {where}; results to {folder}")
 
 
 def results_folder(out: Path, scenario: Scenario) -> Path:
@@ -188,6 +203,8 @@ async def _measure(
 def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
     def show(row: Row) -> None:
         what = f"{row.mode} RTT {row.rtt_ms:g} ms ({row.link} link)"
+        if row.excluded:
+            progress.console.print(f"[yellow]excluded:[/] {what}: {row.excluded}", highlight=False)
         if row.status != "ok":
             progress.console.print(f"[yellow]{row.status}:[/] {what}: {row.error}", highlight=False)
         elif row.exact is False:
@@ -271,9 +288,10 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
 
     request_of([1], choice)  # refuses bad options before anything is started
     run_dir = Path(tempfile.mkdtemp(prefix="dsdlab-run-"))
-    runtime, link = make_runtime("process"), make_link("modelled")
+    lab = make_lab("process", "modelled")
+    runtime, link = lab.runtime, lab.links[0]
     try:
-        await runtime.start(run_dir)
+        await lab.start(run_dir)
         edge = await link.start(run_dir)
         await link.apply(profile)
         spec = NodeSpec(
@@ -293,7 +311,7 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
             tokenizer = await asyncio.to_thread(load_tokenizer, options.target)
             await show_generation(node, tokenizer, prompt, choice)
     finally:
-        await asyncio.shield(asyncio.gather(runtime.stop(), link.stop()))
+        await asyncio.shield(lab.stop())
         shutil.rmtree(run_dir, ignore_errors=True)
 
 

@@ -58,10 +58,10 @@ class BreakEven:
 
 
 def tpot_by_cell(rows: Sequence[Row]) -> dict[tuple[Variant, Condition, float], dict[Pair, float]]:
-    """TPOT (ms) of every good generation by cell and pair."""
+    """TPOT (ms) of every usable generation by cell and pair."""
     cells: dict[tuple[Variant, Condition, float], dict[Pair, float]] = {}
     for row in rows:
-        if row.status == "ok" and row.tpot_ms is not None and row.tpot_ms > 0:
+        if row.usable and row.tpot_ms is not None and row.tpot_ms > 0:
             key = (variant_of(row), condition_of(row), row.rtt_ms)
             cells.setdefault(key, {})[pair_of(row)] = row.tpot_ms
     return cells

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import msgspec
-from scipy.stats import beta
 
 from dsdlab.sim.profile import LinkProfile
 
 __all__ = [
     "LOSS_LEVEL",
+    "PING_WIRE_BYTES",
     "PROBE_WIRE_BYTES",
     "DirectionMeasure",
     "LinkMeasure",
@@ -32,6 +32,8 @@ RATE_TOLERANCE = 0.05
 LOSS_LEVEL = 0.999
 PROBE_WIRE_BYTES = 106
 """A probe on the wire: 14 (Ethernet) + 20 (IPv4) + 8 (UDP) + 64."""
+PING_WIRE_BYTES = 86, 82
+"""A Ping and its Pong on the wire: 66 of headers, 6 and 2 of WebSocket (client frames are masked), 14."""
 
 
 class DirectionMeasure(msgspec.Struct, kw_only=True):
@@ -59,19 +61,20 @@ class LinkMeasure(msgspec.Struct, kw_only=True):
 
 def expected_rtt_ms(profile: LinkProfile, instrument: str) -> float:
     """Round trip of a probe on an idle link: the profile's, and the probe's own time at the bottlenecks."""
-    if instrument != "packets":
-        return profile.rtt_ms
-    rates = [rate for rate in (profile.rate_up_mbit, profile.rate_down_mbit) if rate is not None]
-    return profile.rtt_ms + sum(PROBE_WIRE_BYTES * 8.0 / (rate * 1e3) for rate in rates)
+    sizes = (PROBE_WIRE_BYTES, PROBE_WIRE_BYTES) if instrument == "packets" else PING_WIRE_BYTES
+    ways = zip(sizes, (profile.rate_up_mbit, profile.rate_down_mbit), strict=True)
+    return profile.rtt_ms + sum(n * 8.0 / (rate * 1e3) for n, rate in ways if rate is not None)
 
 
 def binomial_interval(lost: int, sent: int, level: float = 0.95) -> tuple[float, float]:
     """Clopper–Pearson interval of a probability (Biometrika 26, 1934), from `lost` of `sent`."""
     if sent == 0:
         return 0.0, 1.0
+    from scipy.special import betaincinv  # imported late: rows import this module, and the start counts
+
     tail = (1.0 - level) / 2.0
-    low = 0.0 if lost == 0 else float(beta.ppf(tail, lost, sent - lost + 1))
-    high = 1.0 if lost == sent else float(beta.ppf(1.0 - tail, lost + 1, sent - lost))
+    low = 0.0 if lost == 0 else float(betaincinv(lost, sent - lost + 1, tail))
+    high = 1.0 if lost == sent else float(betaincinv(lost + 1, sent - lost, 1.0 - tail))
     return low, high
 
 

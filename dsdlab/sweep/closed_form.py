@@ -135,7 +135,7 @@ def closed_form_inputs(rows: Sequence[Row]) -> list[Inputs]:
     """Measure t_d, t_v(γ), t_v(1), α and bytes from good generations, per variant and temperature."""
     groups: dict[tuple[Variant, float], list[Row]] = {}
     for row in rows:
-        if row.status == "ok" and row.windows:
+        if row.usable and row.windows:
             groups.setdefault((variant_of(row), row.temperature), []).append(row)
     inputs = []
     for (variant, temperature), members in sorted(groups.items(), key=lambda g: (g[0][0].order, g[0][1])):

@@ -33,27 +33,32 @@ class Variant(NamedTuple):
 
 
 class Condition(NamedTuple):
-    """Everything but the RTT that two cells must share to be compared. `rate_mbit` None: unlimited."""
+    """Everything but the RTT that two cells must share to be compared. `rate_mbit` None: unlimited.
+
+    `extra` says, for people, what else differs from a plain link and the hosts' usual TCP: jitter, bursts,
+    the TCP regime, changes during the generation; empty where nothing does.
+    """
 
     runtime: str
     link: str
     rate_mbit: float | None
     loss_pct: float
     temperature: float
+    extra: str = ""
 
     @property
     def label(self) -> str:
-        """For people: "greedy, unlimited rate, no loss"."""
+        """For people: "greedy, unlimited rate, 1 % loss, bursts of 4"."""
         heat = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
         rate = "unlimited rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
         loss = "no loss" if self.loss_pct == 0 else f"{self.loss_pct:g} % loss"
-        return f"{heat}, {rate}, {loss}"
+        return f"{heat}, {rate}, {loss}" + (f", {self.extra}" if self.extra else "")
 
     @property
-    def order(self) -> tuple[str, str, float, float, float]:
-        """The least constrained first: no loss, unlimited rate, greedy."""
+    def order(self) -> tuple[str, str, float, float, float, str]:
+        """The least constrained first: no loss, unlimited rate, greedy, nothing extra."""
         rate = 0.0 if self.rate_mbit is None else 1.0 / max(self.rate_mbit, 1e-12)
-        return self.runtime, self.link, self.loss_pct, rate, self.temperature
+        return self.runtime, self.link, self.loss_pct, rate, self.temperature, self.extra
 
     @property
     def modelled(self) -> bool:
@@ -66,7 +71,15 @@ def variant_of(row: Row) -> Variant:
 
 
 def condition_of(row: Row) -> Condition:
-    return Condition(row.runtime, row.link, row.rate_mbit, row.loss_pct, row.temperature)
+    return Condition(row.runtime, row.link, row.rate_mbit, row.loss_pct, row.temperature, extra_of(row))
+
+
+def extra_of(row: Row) -> str:
+    """What `Condition.extra` says of a row."""
+    words = [f"jitter {row.jitter_ms:g} ms"] if row.jitter_ms else []
+    words += [f"bursts of {row.loss_burst:g}"] if row.loss_burst != 1.0 else []
+    words += [text for text in (row.tcp_asked.label, row.link_steps) if text]
+    return ", ".join(words)
 
 
 def pair_of(row: Row) -> tuple[str, int, int]:

@@ -104,8 +104,8 @@ def content_digest(scenario: Scenario, prompts: Sequence[Prompt]) -> str:
 
 
 def remaining(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Job]:
-    """Jobs without a good row; a failed or timed-out one is tried again."""
-    done: Collection[tuple[str, int]] = {(r.cell, r.rep) for r in rows if r.status == "ok"}
+    """Jobs without a good row; a failed, timed-out or excluded one is tried again."""
+    done: Collection[tuple[str, int]] = {(r.cell, r.rep) for r in rows if r.usable}
     return [j for j in jobs if j.key not in done]
 
 
@@ -121,5 +121,5 @@ def estimate_s(jobs: Sequence[Job], max_new_tokens: int) -> float:
             total += tokens * 0.05
         else:
             total += tokens / 2 * 0.065
-        total += 0.2 + 4 * rtt_s  # prefill, opening, pings
+        total += 0.2 + 8 * rtt_s  # prefill, opening, pings before and after
     return total

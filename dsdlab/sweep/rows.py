@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
+
+from dsdlab.sim.profile import LinkProfile, TcpRegime
+from dsdlab.sweep.calibration import LinkMeasure
 
 Status = Literal["ok", "failed", "timeout"]
 
@@ -15,7 +18,8 @@ class Row(msgspec.Struct, kw_only=True):
     Times carry their unit in the name and are taken at the edge, where the user is, except
     `t_draft_s` and `t_verify_s`, which are compute times at the node that drafts or verifies.
     A measure that does not exist is None: the TPOT of a single token, the α of `cloud-ar`,
-    `exact` where there was no reference. A row that is not "ok" keeps the defaults from `tokens` on.
+    `exact` where there was no reference. A row that is not "ok" keeps the defaults from `tokens` to
+    `events`. Rows of earlier versions lack the link's measures and keep their defaults.
     """
 
     # what was asked
@@ -31,6 +35,11 @@ class Row(msgspec.Struct, kw_only=True):
     rtt_ms: float
     rate_mbit: float | None = None  # None: unlimited
     loss_pct: float = 0.0
+    loss_burst: float = 1.0  # mean packets lost in a row
+    jitter_ms: float = 0.0
+    link_asked: dict[str, Any] = msgspec.field(default_factory=dict)  # LinkProfile, before any step
+    link_steps: str = ""  # what was to change during the generation, for people
+    tcp: dict[str, Any] = msgspec.field(default_factory=dict)  # {"asked": TcpRegime, "read_back": {…}}
     temperature: float = 0.0
     seed: int = 0
     prompt: str = ""  # prompt key
@@ -56,8 +65,52 @@ class Row(msgspec.Struct, kw_only=True):
     bytes_up: dict[str, int] = msgspec.field(default_factory=dict)  # payload bytes by frame name
     bytes_down: dict[str, int] = msgspec.field(default_factory=dict)
     events: list[tuple[str, float, float]] = msgspec.field(default_factory=list)  # (kind, t0_s, t1_s)
-    rtt_measured_ms: float | None = None  # median over the link, just before the cell
     reconnects: int = 0
     stale_frames: int = 0
     started_at: str = ""  # ISO 8601
     wall_s: float = 0.0
+    generate_s: float = 0.0  # of it, the generation itself
+    overhead_s: float = 0.0  # the rest: setting and calibrating the link
+
+    # the link
+    link_before: LinkMeasure | None = None
+    link_after: LinkMeasure | None = None
+    link_changes: list[tuple[float, str]] = msgspec.field(default_factory=list)  # (s since request, what)
+    link_counters: dict[str, Any] = msgspec.field(default_factory=dict)  # of the qdiscs, per direction
+    excluded: str = ""  # why the link was not what was asked; such a row counts for exactness only
+
+    def __post_init__(self) -> None:
+        """A line that names an impossible link or TCP is no row. Raises ValueError or TypeError."""
+        if self.link_asked:
+            LinkProfile.from_dict(self.link_asked)
+        TcpRegime(**self.tcp.get("asked", {}))
+
+    @property
+    def usable(self) -> bool:
+        """Whether its times may enter statistics."""
+        return self.status == "ok" and not self.excluded
+
+    @property
+    def rtt_measured_ms(self) -> float | None:
+        """Median round trip over the link just before the generation; None where none came back."""
+        measure = self.link_before
+        return measure.rtt_p50_ms if measure is not None and measure.n else None
+
+    @property
+    def profile(self) -> LinkProfile:
+        """The link that was asked for, before any step."""
+        if self.link_asked:
+            return LinkProfile.from_dict(self.link_asked)
+        return LinkProfile(
+            rtt_ms=self.rtt_ms,
+            rate_up_mbit=self.rate_mbit,
+            rate_down_mbit=self.rate_mbit,
+            loss_pct=self.loss_pct,
+            loss_burst=self.loss_burst,
+            jitter_ms=self.jitter_ms,
+        )
+
+    @property
+    def tcp_asked(self) -> TcpRegime:
+        """The TCP regime that was asked for; the default where none was recorded."""
+        return TcpRegime(**self.tcp.get("asked", {}))

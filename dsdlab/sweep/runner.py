@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
+from math import isfinite
 from typing import Any, Protocol
 
 import msgspec
 
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.scenario import Scenario
-from dsdlab.sim.profile import LinkProfile
+from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
+from dsdlab.sweep.calibration import LinkMeasure, judge
 from dsdlab.sweep.plan import Job, sampling_json
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.store import Store
 
-PINGS = 3
+RETRIES = 2  # a link that is not what was asked is set and measured again so often
+
+Timeline = Sequence[tuple[float, LinkProfile, str]]
+"""What `LinkStep.timeline` gives: (s since the request, the whole profile from then on, for people)."""
 
 
 class CellFailed(Exception):
@@ -27,31 +33,30 @@ class CellFailed(Exception):
         self.status = status
 
 
+class Generation(msgspec.Struct, kw_only=True):
+    """What a bed hands back of one generation."""
+
+    record: dict[str, Any]
+    link_changes: list[tuple[float, str]] = msgspec.field(default_factory=list)
+    """(s since the request, what), as really applied."""
+    link_counters: dict[str, Any] = msgspec.field(default_factory=dict)
+    """Packets and drops of each direction's qdisc during it; empty where there are none."""
+
+
 class Bed(Protocol):
-    """What the runner needs of a testbed."""
+    """What the runner needs of a testbed. Every method raises CellFailed for what one generation suffers."""
 
-    async def set_link(self, profile: LinkProfile) -> None:
-        """Change the link for what is sent from now on."""
+    async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
+        """Change the link for what is sent from now on, and the TCP of both ends; that TCP as read back."""
 
-    async def ping(self, n: int) -> list[float]:
-        """Round trips over the nodes' own path, in ms. Raises CellFailed."""
+    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
+        """Measure the link over the nodes' own path. `profile` is what it is meant to be."""
 
-    async def generate(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
-        """One generation's record. Raises CellFailed."""
+    async def generate(self, job: dict[str, Any], timeout_s: float, timeline: Timeline) -> Generation:
+        """One generation, the link changing by `timeline`; afterwards it is as it was before."""
 
 
 OnRow = Callable[[Row], None]
-
-
-def link_profile(job: Job) -> LinkProfile:
-    """The link that a cell asks for."""
-    cell = job.cell
-    return LinkProfile(
-        rtt_ms=cell.rtt_ms,
-        rate_up_mbit=cell.rate_mbit,
-        rate_down_mbit=cell.rate_mbit,
-        loss_pct=cell.loss_pct,
-    )
 
 
 async def run_jobs(
@@ -75,6 +80,7 @@ async def run_jobs(
 async def _run_one(scenario: Scenario, job: Job, references: Mapping[str, Sequence[int]], bed: Bed) -> Row:
     cell = job.cell
     begun_s = time.monotonic()
+    profile, tcp, steps = scenario.profile_of(cell), cell.tcp, scenario.steps
     row = Row(
         cell=job.cell_id,
         rep=job.rep,
@@ -87,34 +93,84 @@ async def _run_one(scenario: Scenario, job: Job, references: Mapping[str, Sequen
         rtt_ms=cell.rtt_ms,
         rate_mbit=cell.rate_mbit,
         loss_pct=cell.loss_pct,
+        loss_burst=cell.loss_burst,
+        jitter_ms=cell.jitter_ms,
+        link_asked=profile.to_dict(),
+        link_steps=describe_steps(steps),
+        tcp={"asked": asdict(tcp), "read_back": {}},
         temperature=cell.temperature,
         seed=job.sampling.seed,
         prompt=job.prompt.key,
         started_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
     )
     try:
-        await bed.set_link(link_profile(job))
-        rtts_ms = sorted(await bed.ping(PINGS))
-        row.rtt_measured_ms = rtts_ms[len(rtts_ms) // 2]
-        answer = await bed.generate(
-            {
-                "mode": cell.mode,
-                "policy": cell.policy,
-                "gamma": cell.gamma,
-                "prompt_ids": list(job.prompt_ids),
-                "sampling": sampling_json(job.sampling),
-                "max_new_tokens": scenario.workload.max_new_tokens,
-                "stop_at_eos": scenario.workload.stop_at_eos,
-            },
-            scenario.run.timeout_s,
-        )
-        record = msgspec.convert(answer, GenerationRecord)
-        _fill(row, record, references.get(job.reference))
+        before = await _set_and_calibrate(bed, profile, tcp, row)
+        asked_s = time.monotonic()
+        try:
+            done = await bed.generate(
+                {
+                    "mode": cell.mode,
+                    "policy": cell.policy,
+                    "gamma": cell.gamma,
+                    "prompt_ids": list(job.prompt_ids),
+                    "sampling": sampling_json(job.sampling),
+                    "max_new_tokens": scenario.workload.max_new_tokens,
+                    "stop_at_eos": scenario.workload.stop_at_eos,
+                },
+                scenario.run.timeout_s,
+                LinkStep.timeline(profile, steps),
+            )
+        finally:
+            row.generate_s = time.monotonic() - asked_s
+        _fill(row, msgspec.convert(done.record, GenerationRecord), references.get(job.reference))
+        row.link_changes, row.link_counters = done.link_changes, done.link_counters
+        after = await _calibrate_after(bed, profile, row)
+        found = ((f"{when}: {why}") for when, why in (("before", before), ("after", after)) if why)
+        row.excluded = "; ".join(found)
     except CellFailed as e:
         row.status = "timeout" if e.status == "timeout" else "failed"
         row.error = str(e)
     row.wall_s = time.monotonic() - begun_s
+    row.overhead_s = row.wall_s - row.generate_s
     return row
+
+
+async def _set_and_calibrate(bed: Bed, profile: LinkProfile, tcp: TcpRegime, row: Row) -> str:
+    """Put the link into force until it is what was asked; why it is not, at last. Raises CellFailed."""
+    for left in reversed(range(RETRIES + 1)):
+        row.tcp["read_back"] = await bed.set_link(profile, tcp)
+        row.link_before = _storable(await bed.calibrate(profile))
+        reason = judge(profile, row.link_before)
+        if not reason or not left:
+            break
+    return reason
+
+
+async def _calibrate_after(bed: Bed, profile: LinkProfile, row: Row) -> str:
+    """Why the link was not what was asked when the generation had ended.
+
+    No second chance here: what the link did while it was in use is the question. The generation is good,
+    so a measurement that fails excludes it and does not fail it.
+    """
+    try:
+        row.link_after = _storable(await bed.calibrate(profile))
+    except CellFailed as e:
+        return f"not measured ({e})"
+    return judge(profile, row.link_after)
+
+
+def _storable(measure: LinkMeasure) -> LinkMeasure:
+    """JSON has no NaN, which is what the quantiles of no round trips may be."""
+    if isfinite(measure.rtt_p50_ms) and isfinite(measure.rtt_p99_ms):
+        return measure
+    return msgspec.structs.replace(measure, rtt_p50_ms=0.0, rtt_p99_ms=0.0, n=0)
+
+
+def describe_steps(steps: Sequence[LinkStep]) -> str:
+    """For people: "RTT 150 ms from 2 s, partition from 4 s for 1 s"; empty without steps."""
+    return ", ".join(
+        f"{s.label} from {s.at_s:g} s" + ("" if s.for_s is None else f" for {s.for_s:g} s") for s in steps
+    )
 
 
 def _fill(row: Row, record: GenerationRecord, reference: Sequence[int] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,16 @@ from dsdlab.sweep import bootstrap
 from dsdlab.sweep.bootstrap import Estimate
 from dsdlab.sweep.breakeven import BreakEven, baseline_for, break_even, ratio_estimate, tpot_by_cell
 from dsdlab.sweep.closed_form import Inputs, closed_form_inputs
+from dsdlab.sweep.exclusions import (
+    Exclusion,
+    counted_rows,
+    describe_cell,
+    excluded_line,
+    exclusions_of,
+    unique_rows,
+)
 from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
+from dsdlab.sweep.overhead import Overhead, overhead_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.verdict import exact_line, verdict_sentence
 
@@ -22,14 +31,19 @@ __all__ = [
     "CellSummary",
     "Condition",
     "Estimate",
+    "Exclusion",
     "IncompleteGridError",
     "Inputs",
+    "Overhead",
     "Summary",
     "Variant",
     "closed_form_inputs",
+    "counted_rows",
+    "describe_cell",
     "missing_generations",
     "summarise",
     "summary_json",
+    "unique_rows",
 ]
 
 BASELINES = ("cloud-ar", "cloud-sd")
@@ -41,14 +55,18 @@ class IncompleteGridError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CellSummary:
-    """One cell: times in ms, quantiles over its good generations."""
+    """One cell: times in ms, quantiles over its usable generations (finished, and not excluded)."""
 
     cell: str
     variant: Variant
     condition: Condition
     rtt_ms: float
-    generations: int  # good ones
+    jitter_ms: float
+    loss_burst: float
+    tcp: dict[str, Any]  # {"asked": …, "read_back": …}, of its first generation
+    generations: int  # finished ones
     failed: int
+    excluded: int  # of those that finished
     tokens: int
     tpot_ms: Estimate  # median
     tpot_p95_ms: float
@@ -61,7 +79,7 @@ class CellSummary:
     ratio: Estimate | None  # paired TPOT ratio against cloud-ar; None for the baseline or without one
     exact: int
     compared: int
-    rtt_measured_ms: float
+    rtt_measured_ms: float  # median over its calibrations before generations
     reconnects: int
     stale_frames: int
 
@@ -94,34 +112,36 @@ class Summary:
     inputs: list[Inputs]
     break_evens: list[BreakEven]
     missing: list[str]
-    generations: int  # good ones
+    exclusions: list[Exclusion]
+    generations: int  # finished ones, excluded ones among them
     failures: int
+    excluded: int
     exact: int
     compared: int
     tokens: int
+    overhead: Overhead | None
     exact_line: str
     verdict: str
 
+    @property
+    def notes(self) -> list[str]:
+        """What a sweep says after its verdict and its exact line."""
+        excluded = excluded_line(self.exclusions, self.generations)
+        lines = [excluded, "" if self.overhead is None else self.overhead.line]
+        return [line for line in lines if line]
 
-def unique_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row per cell and pair: the first good one, else the last bad one; order of first sight."""
-    best: dict[tuple[str, tuple[str, int, int]], Row] = {}
-    for row in rows:
-        key = (row.cell, pair_of(row))
-        if key not in best or best[key].status != "ok":
-            best[key] = row
-    return list(best.values())
-
-
-def describe_cell(row: Row) -> str:
-    return f"{variant_of(row).label} at {row.rtt_ms:g} ms, {condition_of(row).label}"
+    @property
+    def measuring_share(self) -> float | None:
+        """Σ generate_s / Σ wall_s; None where the rows do not say."""
+        return None if self.overhead is None else self.overhead.share
 
 
 def missing_generations(rows: Sequence[Row], expected: Mapping[str, int] | None = None) -> list[str]:
     """What the grid lacks, one entry per cell, "2 of 6 in CELL"; empty when it is complete.
 
     expected: good generations wanted per cell id. Without it every cell must have each (prompt, seed,
-    rep) that any cell of its temperature has. A failed generation is a missing one.
+    rep) that any cell of its temperature has. A failed generation is a missing one, an excluded one is not:
+    it was run, and `Summary.exclusions` lists it.
     """
     good: dict[str, set[tuple[str, int, int]]] = {}
     names: dict[str, str] = {}
@@ -187,7 +207,8 @@ def _acceptance(variant: Variant, temperature: float, rows: Sequence[Row]) -> Ac
 
 def _cell(rows: Sequence[Row], ratio: Estimate | None) -> CellSummary:
     first = rows[0]
-    good = [row for row in rows if row.status == "ok"]
+    finished = [row for row in rows if row.status == "ok"]
+    good = [row for row in finished if row.usable]
     tpots, tpot_groups = _values(good, "tpot_ms")
     ttfts, ttft_groups = _values(good, "ttft_ms")
     return CellSummary(
@@ -195,9 +216,13 @@ def _cell(rows: Sequence[Row], ratio: Estimate | None) -> CellSummary:
         variant=variant_of(first),
         condition=condition_of(first),
         rtt_ms=first.rtt_ms,
-        generations=len(good),
-        failed=len(rows) - len(good),
-        tokens=sum(row.tokens for row in good),
+        jitter_ms=first.jitter_ms,
+        loss_burst=first.loss_burst,
+        tcp=first.tcp,
+        generations=len(finished),
+        failed=len(rows) - len(finished),
+        excluded=len(finished) - len(good),
+        tokens=sum(row.tokens for row in finished),
         tpot_ms=bootstrap.of_quantile(tpots, tpot_groups, f"tpot {first.cell}"),
         tpot_p95_ms=_quantile(good, "tpot_ms", 0.95),
         tpot_p99_ms=_quantile(good, "tpot_ms", 0.99),
@@ -207,8 +232,8 @@ def _cell(rows: Sequence[Row], ratio: Estimate | None) -> CellSummary:
         alpha=_alpha(good, first.cell),
         tau=_tau(good, first.cell).value,
         ratio=ratio,
-        exact=sum(row.exact is True for row in good),
-        compared=sum(row.exact is not None for row in good),
+        exact=sum(row.exact is True for row in finished),
+        compared=sum(row.exact is not None for row in finished),
         rtt_measured_ms=_quantile(rows, "rtt_measured_ms", 0.5),
         reconnects=sum(row.reconnects for row in rows),
         stale_frames=sum(row.stale_frames for row in rows),
@@ -229,13 +254,14 @@ def summarise(
     """
     if not rows:
         raise ValueError("there are no results to summarise")
-    rows = unique_rows(rows)
+    everything, rows = rows, counted_rows(rows)
     missing = missing_generations(rows, expected)
     if missing and not allow_incomplete:
         shown = "; ".join(missing[:8]) + (f"; and {len(missing) - 8} more cells" if len(missing) > 8 else "")
         raise IncompleteGridError(f"incomplete grid, generations missing: {shown}")
 
-    good = [row for row in rows if row.status == "ok"]
+    finished = [row for row in rows if row.status == "ok"]
+    good = [row for row in finished if row.usable]
     by_cell: dict[tuple[Variant, Condition, float], list[Row]] = {}
     by_heat: dict[tuple[Variant, float], list[Row]] = {}
     for row in rows:
@@ -268,8 +294,12 @@ def summarise(
                 if found is not None:
                     break_evens.append(found)
 
-    exact = sum(row.exact is True for row in good)
-    compared = sum(row.exact is not None for row in good)
+    # a text that differed stays in the count, also where a later try replaced its generation
+    kept = {id(row) for row in unique_rows(everything)}
+    wrong = sum(row.status == "ok" and row.exact is False and id(row) not in kept for row in everything)
+    exact = sum(row.exact is True for row in finished)
+    compared = sum(row.exact is not None for row in finished) + wrong
+    generations = len(finished) + wrong
     return Summary(
         cells=cells,
         variants=variants,
@@ -281,13 +311,18 @@ def summarise(
         inputs=closed_form_inputs(good),
         break_evens=break_evens,
         missing=missing,
-        generations=len(good),
-        failures=len(rows) - len(good),
+        exclusions=exclusions_of(finished),
+        generations=generations,
+        failures=len(rows) - len(finished),
+        excluded=len(finished) - len(good),
         exact=exact,
         compared=compared,
-        tokens=sum(row.tokens for row in good),
-        exact_line=exact_line(exact, compared, len(good)),
-        verdict=verdict_sentence(break_evens, cells, conditions, good=len(good)),
+        tokens=sum(row.tokens for row in finished),
+        overhead=overhead_of(everything),
+        exact_line=exact_line(exact, compared, generations),
+        verdict=verdict_sentence(
+            break_evens, cells, conditions, good=len(good), excluded=len(finished) - len(good)
+        ),
     )
 
 
@@ -303,8 +338,12 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
         item |= {
             "rtt_ms": cell.rtt_ms,
             "rtt_measured_ms": _number(cell.rtt_measured_ms),
+            "jitter_ms": cell.jitter_ms,
+            "loss_burst": cell.loss_burst,
+            "tcp": cell.tcp,
             "generations": cell.generations,
             "failed": cell.failed,
+            "excluded": cell.excluded,
             "tokens": cell.tokens,
             "tpot_ms": _number(cell.tpot_ms.value),
             "tpot_interval_ms": [_number(cell.tpot_ms.lo), _number(cell.tpot_ms.hi)],
@@ -324,6 +363,9 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
         "exact": summary.exact_line,
         "generations": summary.generations,
         "failures": summary.failures,
+        "excluded": summary.excluded,
+        "exclusions": [exclusion._asdict() for exclusion in summary.exclusions],
+        "overhead": None if summary.overhead is None else asdict(summary.overhead),
         "missing": summary.missing,
         "cells": cells,
     }

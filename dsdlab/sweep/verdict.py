@@ -61,8 +61,14 @@ def verdict_sentence(
     conditions: Sequence[Condition],
     *,
     good: int,
+    excluded: int = 0,
 ) -> str:
-    """The verdict for the least constrained condition that was measured against `cloud-ar`."""
+    """The verdict for the least constrained condition that was measured against `cloud-ar`.
+
+    good: generations that may enter statistics; excluded: those that finished but may not.
+    """
+    if not good and excluded:
+        return "The link of every generation was out of tolerance; there is nothing to conclude."
     if not good:
         return "No generation of this sweep succeeded; there is nothing to conclude."
     streaming = [b for b in break_evens if b.baseline.mode == "cloud-ar"]

@@ -72,7 +72,9 @@ def test_kill_resume_report(tmp_path: Path) -> None:
         by_pair.setdefault((r["temperature"], r["rep"]), set()).add(tuple(r["ids"]))
     assert all(len(texts) == 1 for texts in by_pair.values()), "modes or windows disagree on the text"
     for r in rows:
-        assert r["rtt_measured_ms"] == pytest.approx(r["rtt_ms"], abs=5.0)
+        for when in ("link_before", "link_after"):
+            assert r[when]["rtt_p50_ms"] == pytest.approx(r["rtt_ms"], abs=5.0)
+        assert 0 < r["generate_s"] < r["wall_s"] == pytest.approx(r["generate_s"] + r["overhead_s"])
 
     again = dsdlab("sweep", "s.toml", "--out", str(out), "--json", cwd=tmp_path)
     assert again.returncode == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.rows import Row
 
 
@@ -32,6 +33,11 @@ class Truth:
 TRUTH = Truth()
 VARIANTS = (("cloud-ar", 0), ("cloud-sd", 4), ("edge-sd", 4), ("dsd-sync", 4))
 PROMPTS = ("gsm8k-3", "humaneval-11", "cnndm-7", "chat-2")
+
+
+def measure(rtt_ms: float) -> LinkMeasure:
+    """Pings of the connection itself."""
+    return LinkMeasure(instrument="frames", rtt_p50_ms=rtt_ms, rtt_p99_ms=rtt_ms + 0.4, n=3)
 
 
 def generation(
@@ -140,9 +146,12 @@ def generation(
         bytes_up={} if edge else up,
         bytes_down={} if edge else down,
         events=events,
-        rtt_measured_ms=rtt_ms + 0.3 + 0.05 * float(noise.random()),
+        link_before=measure(rtt_ms + 0.3 + 0.05 * float(noise.random())),
+        link_after=measure(rtt_ms + 0.3 + 0.05 * float(noise.random())),
         started_at="2025-06-01T12:00:00+00:00",
-        wall_s=last_s + 0.01,
+        wall_s=last_s + 0.2,
+        generate_s=last_s,
+        overhead_s=0.2,
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from dsdlab.sweep import stats
+from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.rows import Row
 
 
@@ -37,6 +38,10 @@ def row(mode: str, rtt_ms: float, tpot_ms: float | None, **changes: Any) -> Row:
     return Row(cell=f"{key}", **fields)
 
 
+def measure(rtt_ms: float, **fields: Any) -> LinkMeasure:
+    return LinkMeasure(instrument="frames", rtt_p50_ms=rtt_ms, rtt_p99_ms=rtt_ms, n=3, **fields)
+
+
 def grid(ratios: dict[float, float], mode: str = "dsd-sync", **changes: Any) -> list[Row]:
     """Three prompts of different speed; `ratios` gives each RTT's TPOT over cloud-ar's."""
     rows = []
@@ -48,7 +53,9 @@ def grid(ratios: dict[float, float], mode: str = "dsd-sync", **changes: Any) -> 
 
 
 def test_cell_summary_by_hand() -> None:
-    rows = [row("cloud-ar", 10, t, rep=k, rtt_measured_ms=10.0 + k) for k, t in enumerate((1.0, 2.0, 9.0))]
+    rows = [
+        row("cloud-ar", 10, t, rep=k, link_before=measure(10.0 + k)) for k, t in enumerate((1.0, 2.0, 9.0))
+    ]
     (cell,) = stats.summarise(rows).cells
     assert cell.tpot_ms.value == 2.0
     assert cell.tpot_p95_ms == pytest.approx(8.3)
