@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import asdict, dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -26,7 +27,17 @@ from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
 from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest, VerifierNode
-from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError, Refused, connect, serve
+from dsdlab.probe import ProbeError, Reflector, measure
+from dsdlab.protocol import (
+    Channel,
+    ChannelClosed,
+    ConnectFailed,
+    ProtocolError,
+    Refused,
+    WebSocketChannel,
+    connect,
+    serve,
+)
 
 log = logging.getLogger("dsdlab.node")
 
@@ -95,6 +106,28 @@ def _load(options: NodeOptions, with_target: bool) -> tuple[Engine | None, Draft
     return target, drafter
 
 
+class Sockets:
+    """The connections that a process has made, for measuring: their options and what became of them."""
+
+    def __init__(self) -> None:
+        self.nodelay = True
+        self._latest: WebSocketChannel | None = None
+
+    async def dial(self, url: str) -> Channel:
+        """`connect`, with the options asked for last."""
+        self._latest = await connect(url, nodelay=self.nodelay)
+        return self._latest
+
+    def accepted(self, channel: Channel) -> None:
+        """Note a connection from outside."""
+        if isinstance(channel, WebSocketChannel):
+            self._latest = channel
+
+    def state(self) -> dict[str, Any]:
+        """TCP of the latest connection, as its kernel has it."""
+        return dict(self._latest.tcp_state()) if self._latest is not None else {}
+
+
 async def run_verifier(options: NodeOptions, host: str, port: int, control: bool) -> None:
     """Serve until told to stop. Raises ModelError or ListenFailed before anything is listening."""
     target, drafter = await asyncio.to_thread(_load, options, True)
@@ -102,23 +135,43 @@ async def run_verifier(options: NodeOptions, host: str, port: int, control: bool
         raise ModelError("a verifier needs a target model")
     compute = ThreadCompute()
     node = VerifierNode(target, compute, drafter=drafter, token=options.token)
+    sockets = Sockets()
+
+    async def handler(channel: Channel) -> None:
+        sockets.accepted(channel)
+        await node.serve(channel)
+
+    reflector: Reflector | None = None
     try:
-        async with serve(node.serve, host, port) as bound:
+        async with serve(handler, host, port, nodelay=lambda: sockets.nodelay) as bound:
+            try:
+                reflector = Reflector(host, bound, options.token)
+            except ProbeError as e:  # serving comes first
+                log.warning("the link cannot be probed: %s", e)
             info = {"target": asdict(target.info), "drafter": drafter.name if drafter else None}
             log.info("listening on ws://%s:%d/ with %s", host, bound, target.info.model_id)
 
             async def answer(message: dict[str, Any]) -> dict[str, Any] | None:
-                return {"op": "error", "code": "op", "message": f"unknown op {message.get('op')!r}"}
+                match message.get("op"):
+                    case "socket":
+                        sockets.nodelay = bool(message.get("nodelay", sockets.nodelay))
+                        return {"op": "socket", "id": message.get("id"), "state": sockets.state()}
+                    case op:
+                        return {"op": "error", "id": message.get("id"), "code": "op",
+                                "message": f"unknown op {op!r}"}  # fmt: skip
 
             await _live(control, {"op": "ready", "port": bound, "info": info}, answer)
             await node.close()
     finally:
+        if reflector is not None:
+            reflector.close()
         compute.close()
 
 
 async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target: bool) -> None:
     """A drafter node under control. Raises ModelError or ConnectFailed."""
-    async with drafter_node(options, url, edge_target=edge_target) as (node, drafter):
+    sockets = Sockets()
+    async with drafter_node(options, url, edge_target=edge_target, sockets=sockets) as (node, drafter):
         welcome = (await _connected(node)).welcome
         info = {
             "drafter": drafter.name if drafter else None,
@@ -126,9 +179,35 @@ async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target
         }
 
         async def answer(message: dict[str, Any]) -> dict[str, Any] | None:
-            return await _answer(node, message)
+            match message.get("op"):
+                case "reconnect":
+                    sockets.nodelay = bool(message.get("nodelay", sockets.nodelay))
+                case "probe":
+                    return {"id": message.get("id"), **await _probe(url, options.token, message)}
+            reply = await _answer(node, message)
+            return reply | {"socket": sockets.state()} if reply["op"] == "reconnected" else reply
 
         await _live(control, {"op": "ready", "info": info}, answer)
+
+
+async def _probe(url: str, token: str, message: dict[str, Any]) -> dict[str, Any]:
+    """Measure the path to the verifier; an answer line without its id."""
+    names = ("n", "gap_s", "rtt_s", "train_up", "train_down", "train_s")
+    try:
+        return {
+            "op": "probed",
+            "measure": await probe_url(url, token, {k: message[k] for k in names if k in message}),
+        }
+    except (ProbeError, ValueError, TypeError) as e:
+        return {"op": "error", "code": "probe", "message": str(e)}
+
+
+async def probe_url(url: str, token: str, plan: dict[str, Any]) -> dict[str, Any]:
+    """`dsdlab.probe.measure` towards the verifier at ws://HOST:PORT/. Raises ProbeError."""
+    parts = urlsplit(url)
+    if not parts.hostname:
+        raise ProbeError(f"{url} names no host (allowed: ws://HOST:PORT/)")
+    return await asyncio.to_thread(measure, parts.hostname, parts.port or 80, token, **plan)
 
 
 async def _connected(node: DrafterNode) -> DrafterNode:
@@ -138,19 +217,26 @@ async def _connected(node: DrafterNode) -> DrafterNode:
 
 @contextlib.asynccontextmanager
 async def drafter_node(
-    options: NodeOptions, url: str, *, edge_target: bool = False, patience_s: float = 60.0
+    options: NodeOptions,
+    url: str,
+    *,
+    edge_target: bool = False,
+    patience_s: float = 60.0,
+    sockets: Sockets | None = None,
 ) -> AsyncIterator[tuple[DrafterNode, Drafter | None]]:
     """A drafter node dialling `url`, with its engines loaded; closed at the end of the block.
 
     edge_target: also load the target here, for `edge-sd`.
+    sockets: where its connections are noted.
     """
+    sockets = sockets or Sockets()
     target, drafter = await asyncio.to_thread(_load, options, edge_target)
     tokenizer = drafter.tokenizer if drafter else ""
     if not tokenizer and (loaded := await asyncio.to_thread(load_tokenizer, options.target)):
         tokenizer = loaded.fingerprint
     compute = ThreadCompute()
     node = DrafterNode(
-        lambda: connect(url),
+        lambda: sockets.dial(url),
         compute,
         drafter=drafter,
         target=target,

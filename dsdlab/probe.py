@@ -10,7 +10,7 @@ Packets, big-endian: 8 bytes of tag (a keyed hash of the nodes' token: others ge
     probe      seq u32, run u32; padding to PROBE_BYTES
     echo       seq u32, run u32, t2 u64, t3 u64 (ns); padding to PROBE_BYTES
     report?    run u32
-    report     run u32, bytes of the train u32, its duration u64 (ns), reordered u32, bitmap of seqs that came
+    report     run u32, bytes of the train u32, its duration u64 (ns), bitmap of the seqs that came
     train      run u32; full size
     train?     run u32, packets u16: "send me a train"
 """
@@ -43,7 +43,7 @@ ASK_FOR_S = 5.0
 _KIND = struct.Struct(">8sB")
 _PROBE = struct.Struct(">II")
 _ECHO = struct.Struct(">IIQQ")
-_REPORT = struct.Struct(">IIQI")
+_REPORT = struct.Struct(">IIQ")
 _TRAIN_ASK = struct.Struct(">IH")
 PROBE, ECHO, REPORT_ASK, REPORT, TRAIN, TRAIN_ASK = range(6)
 SO_TIMESTAMPNS = 35
@@ -81,8 +81,6 @@ class _Run:
     """What the reflector knows of one measurement."""
 
     seen: set[int] = field(default_factory=set)
-    highest: int = -1
-    reordered: int = 0
     train_bytes: int = 0  # after the first packet
     train_ns: tuple[int, int] | None = None  # arrival of the first and the last
 
@@ -130,8 +128,6 @@ class Reflector:
             run = self._run(ident)
             if seq < MAX_PROBES:
                 run.seen.add(seq)
-            run.reordered += seq < run.highest
-            run.highest = max(run.highest, seq)
             echo = _KIND.pack(tag, ECHO) + _ECHO.pack(seq, ident, arrival_ns, time.time_ns())
             self._socket.sendto(echo.ljust(PROBE_BYTES, b"\0"), sender)
         elif kind == TRAIN:
@@ -145,9 +141,9 @@ class Reflector:
             ident = _PROBE.unpack_from(body.ljust(_PROBE.size, b"\0"))[0]
             run = self._run(ident)
             first_ns, last_ns = run.train_ns or (0, 0)
-            head = _REPORT.pack(ident, run.train_bytes, last_ns - first_ns, run.reordered)
+            head = _REPORT.pack(ident, run.train_bytes, last_ns - first_ns)
             bits = sum(1 << seq for seq in run.seen)
-            bitmap = bits.to_bytes((run.highest + 8) // 8, "little") if run.seen else b""
+            bitmap = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
             self._socket.sendto(_KIND.pack(tag, REPORT) + head + bitmap, sender)
         elif kind == TRAIN_ASK:
             ident, packets = _TRAIN_ASK.unpack_from(body)
@@ -176,12 +172,10 @@ class _Prober:
             self._socket.close()
             raise ProbeError(f"cannot reach UDP {host}:{port}: {error.strerror}") from None
         self.rtts_ns: dict[int, int] = {}
-        self.up_ns: list[int] = []
-        self.down_ns: list[int] = []
-        self.reordered = 0
-        self._highest = -1
-        self._sent_ns: dict[int, int] = {}
-        self.report: tuple[int, int, int, set[int]] | None = None
+        self.sent_ns: dict[int, int] = {}
+        self.turned_ns: dict[int, tuple[int, int]] = {}  # when the reflector got a probe, and let it go
+        self.back_ns: dict[int, int] = {}  # in order of arrival
+        self.report: tuple[int, int, set[int]] | None = None
         self.train: list[tuple[int, int]] = []  # (arrival in ns, bytes)
 
     def close(self) -> None:
@@ -202,17 +196,14 @@ class _Prober:
                 seq, ident, t2_ns, t3_ns = _ECHO.unpack_from(body)
                 if ident != self._ident or seq in self.rtts_ns:
                     return
-                self.rtts_ns[seq] = (arrival_ns - self._sent_ns[seq]) - (t3_ns - t2_ns)
-                self.up_ns.append(t2_ns - self._sent_ns[seq])
-                self.down_ns.append(arrival_ns - t3_ns)
-                self.reordered += seq < self._highest
-                self._highest = max(self._highest, seq)
+                self.rtts_ns[seq] = (arrival_ns - self.sent_ns[seq]) - (t3_ns - t2_ns)
+                self.turned_ns[seq], self.back_ns[seq] = (t2_ns, t3_ns), arrival_ns
             elif kind == REPORT:
-                ident, n_bytes, ns, reordered = _REPORT.unpack_from(body)
+                ident, n_bytes, ns = _REPORT.unpack_from(body)
                 bits = int.from_bytes(body[_REPORT.size :], "little")
                 if ident == self._ident:
                     seen = {seq for seq in range(bits.bit_length()) if bits >> seq & 1}
-                    self.report = n_bytes, ns, reordered, seen
+                    self.report = n_bytes, ns, seen
             elif kind == TRAIN and _PROBE.unpack_from(body)[0] == self._ident:
                 self.train.append((arrival_ns, len(data) + FRAME_BYTES))
 
@@ -226,7 +217,7 @@ class _Prober:
         start_s = time.monotonic()
         for seq in range(n):
             self._listen(start_s + seq * gap_s)
-            self._sent_ns[seq] = time.time_ns()
+            self.sent_ns[seq] = time.time_ns()
             self._send(PROBE, _PROBE.pack(seq, self._ident), PROBE_BYTES)
         self._listen(time.monotonic() + patience_s, lambda: len(self.rtts_ns) == n)
 
@@ -281,10 +272,12 @@ def measure(
         prober.probes(n, gap_s, patience_s=1.5 * rtt_s + 0.1)
         if train_up:
             prober.train_up(train_up)
-            time.sleep(train_s + rtt_s)
-        if train_down:
+            if not train_down:
+                time.sleep(train_s + rtt_s)
+        if train_down:  # the request queues behind the train up
             prober.train_down(train_down, 2.0 * train_s + 1.5 * rtt_s + 0.1)
-        prober.ask_report(rtt_s)
+        if train_up or len(prober.rtts_ns) < n:
+            prober.ask_report(rtt_s)
     finally:
         prober.close()
     if prober.report is None and not prober.rtts_ns:
@@ -293,22 +286,35 @@ def measure(
 
 
 def _summary(prober: _Prober, n: int, wall_s: float) -> dict[str, Any]:
-    train_bytes, train_ns, reordered_up, seen = prober.report or (0, 0, 0, set(prober.rtts_ns))
-    arrived = sorted(seen)
+    train_bytes, train_ns, seen = prober.report or (0, 0, set(prober.rtts_ns))
+    turned = sorted(prober.turned_ns.items())
+    up_ns = [t2_ns - prober.sent_ns[seq] for seq, (t2_ns, _) in turned]
+    down_ns = [prober.back_ns[seq] - t3_ns for seq, (_, t3_ns) in turned]
+    came_up = [seq in seen for seq in range(n)]
+    came_down = [seq in prober.rtts_ns for seq in sorted(seen)]
+    reordered_up = _overtaken([t2_ns for _, (t2_ns, _) in turned])
+    reordered_down = _overtaken([prober.back_ns[seq] for seq, _ in sorted(turned, key=lambda item: item[1])])
     rtts = sorted(prober.rtts_ns.values())
     train = prober.train
-    down_bytes, down_ns = (sum(b for _, b in train[1:]), train[-1][0] - train[0][0]) if train else (0, 0)
+    bytes_down, ns_down = (sum(b for _, b in train[1:]), train[-1][0] - train[0][0]) if train else (0, 0)
     return {
         "instrument": "packets",
         "rtt_p50_ms": statistics.median(rtts) / 1e6 if rtts else 0.0,
         "rtt_p99_ms": rtts[min(len(rtts) - 1, math.ceil(0.99 * len(rtts)) - 1)] / 1e6 if rtts else 0.0,
         "n": len(rtts),
-        "up": _way([seq in seen for seq in range(n)], prober.up_ns, reordered_up, train_bytes, train_ns),
-        "down": _way(
-            [seq in prober.rtts_ns for seq in arrived], prober.down_ns, prober.reordered, down_bytes, down_ns
-        ),
+        "up": _way(came_up, up_ns, reordered_up, train_bytes, train_ns),
+        "down": _way(came_down, down_ns, reordered_down, bytes_down, ns_down),
         "wall_s": wall_s,
     }
+
+
+def _overtaken(times_ns: list[int]) -> int:
+    """How many of these times are before an earlier one in the list."""
+    latest_ns, n = 0, 0
+    for t_ns in times_ns:
+        n += t_ns < latest_ns
+        latest_ns = max(latest_ns, t_ns)
+    return n
 
 
 def _way(came: list[bool], delays_ns: list[int], reordered: int, n_bytes: int, ns: int) -> dict[str, Any]:

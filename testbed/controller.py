@@ -1,9 +1,10 @@
-"""The testbed: a verifier, a link and a drafter, started together and gone together."""
+"""The testbed: a verifier, edge nodes and a link for each, started together and gone together."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import secrets
 from collections.abc import Sequence
@@ -12,31 +13,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from dsdlab.sim.profile import LinkProfile
-from testbed.links.base import Endpoint, Link, LinkError
-from testbed.links.modelled import ModelledLink
-from testbed.runtimes.base import NodeDied, NodeError, NodeHandle, NodeSpec, Runtime, RuntimeFailed
-from testbed.runtimes.process import ProcessRuntime
+import msgspec
 
-__all__ = ["CpuSplit", "Testbed", "make_link", "make_runtime"]
+from dsdlab.sim.profile import LinkProfile, TcpRegime
+from dsdlab.sweep.calibration import DirectionMeasure, LinkMeasure
+from testbed.fabric import VERIFIER, edge_name
+from testbed.lab import Lab, make_lab
+from testbed.links.base import Endpoint, percentile
+from testbed.links.netem import VERIFIER_PORT
+from testbed.probing import probe_plan
+from testbed.runtimes.base import NodeDied, NodeError, NodeHandle, NodeSpec, RuntimeFailed
 
-RUNTIMES = {"process": ProcessRuntime}
-LINKS = {"modelled": ModelledLink}
+__all__ = ["CpuSplit", "NodeLimits", "Testbed"]
+
 ANSWER_GRACE_S = 15.0  # a node keeps its own time limit; this much later the controller gives up on it
-
-
-def make_runtime(name: str) -> Runtime:
-    """A runtime by the word of scenario files. Raises RuntimeFailed."""
-    if name not in RUNTIMES:
-        raise RuntimeFailed(f"runtime: {name!r} is unknown (allowed: {', '.join(RUNTIMES)})")
-    return RUNTIMES[name]()
-
-
-def make_link(name: str, *, seed: int = 0) -> Link:
-    """A link by the word of scenario files. Raises LinkError."""
-    if name not in LINKS:
-        raise LinkError(f"link: {name!r} is unknown (allowed: {', '.join(LINKS)})")
-    return LINKS[name](seed=seed)
+PINGS = 5
+SLOTS = 8  # sessions of a verifier that is not told otherwise
+OFFSET_RTT_MS = 20.0  # what a box takes for itself is measured at this round trip
+OFFSET_PROBES = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,17 +52,27 @@ class CpuSplit:
         return cls(tuple(cores[:half]), tuple(cores[half:]))
 
 
+@dataclass(frozen=True, slots=True)
+class NodeLimits:
+    """What a node may use beyond its cores; see NodeSpec. Only containers have limits."""
+
+    cpu_quota: float | None = None
+    memory_mb: int | None = None
+
+
 class Testbed:
-    """`async with Testbed(…) as bed:` two nodes with a link between them, ready to generate.
+    """`async with Testbed(…) as bed:` a verifier and edge nodes with a link to each, ready to generate.
 
     run_dir: logs and the ledger of what was made go here.
     target, drafter, precision: as `dsdlab node` takes them.
-    runtime, link: a name, or an object that has not been started.
-    profile: what the link does until `set_link`.
-    cpus: default `CpuSplit.default()`.
+    runtime, link: names of scenario files, neither "auto" (see `testbed.host`).
+    profiles: what the link of each edge node does until `set_link`; as many edge nodes as there are profiles.
+    tcp: the regime until `set_tcp`.
+    cpus: default `CpuSplit.default()`; edge nodes share theirs.
+    edge_limits, cloud_limits: for the edge nodes, each, and the verifier.
     token: shared by the nodes; a random one by default.
-    edge_target: the drafter's node also loads the target (mode edge-sd).
-    node_args: more options for both nodes, as ("--max-context", "512").
+    edge_target: edge nodes also load the target (mode edge-sd).
+    node_args: more options for all nodes, as ("--max-context", "512").
     command: what the interpreter is to run.
 
     Entering raises NodeDied, NodeError, LinkError or RuntimeFailed with one line, and leaves nothing behind.
@@ -83,11 +87,14 @@ class Testbed:
         target: str,
         drafter: str,
         precision: str = "bf16",
-        runtime: Runtime | str = "process",
-        link: Link | str = "modelled",
-        profile: LinkProfile | None = None,
+        runtime: str = "process",
+        link: str = "modelled",
+        profiles: Sequence[LinkProfile] = (LinkProfile(),),
+        tcp: TcpRegime | None = None,
         seed: int = 0,
         cpus: CpuSplit | None = None,
+        edge_limits: NodeLimits | None = None,
+        cloud_limits: NodeLimits | None = None,
         token: str | None = None,
         edge_target: bool = False,
         node_args: Sequence[str] = (),
@@ -95,10 +102,11 @@ class Testbed:
         start_timeout_s: float = 600.0,
     ) -> None:
         self.run_dir = run_dir.resolve()
-        self.runtime = make_runtime(runtime) if isinstance(runtime, str) else runtime
-        self.link = make_link(link, seed=seed) if isinstance(link, str) else link
-        self.profile = profile or LinkProfile()
+        self.lab: Lab = make_lab(runtime, link, n_edges=len(profiles), seed=seed)
+        self.profiles = list(profiles)
+        self.tcp = tcp or TcpRegime()
         self.cpus = cpus or CpuSplit.default()
+        self._limits = {True: edge_limits or NodeLimits(), False: cloud_limits or NodeLimits()}
         self._models = ("--target", target, "--drafter", drafter, "--precision", precision)
         self._token = token or secrets.token_hex(16)
         self._edge_target = edge_target
@@ -106,8 +114,7 @@ class Testbed:
         self._command = tuple(command)
         self._start_timeout_s = start_timeout_s
         self._verifier: NodeHandle | None = None
-        self._drafter: NodeHandle | None = None
-        self._edge: Endpoint | None = None
+        self._edges: dict[int, NodeHandle] = {}
         self._port = 0
 
     # -- life ----------------------------------------------------------------------------------------------
@@ -115,7 +122,7 @@ class Testbed:
     async def __aenter__(self) -> Self:
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            await self.runtime.start(self.run_dir)
+            await self.lab.start(self.run_dir)
             await self._start()
         except BaseException:
             await asyncio.shield(self.stop())
@@ -129,61 +136,94 @@ class Testbed:
 
     async def stop(self) -> None:
         """Take everything away: ask, SIGTERM after a grace, SIGKILL after another; idempotent."""
-        if self._drafter is not None:  # it first, so that it does not try to reconnect
-            await self._drafter.stop()
-        await asyncio.gather(self.runtime.stop(), self.link.stop())
-        self._verifier = self._drafter = None
+        # edges first, so that they do not try to reconnect
+        await asyncio.gather(*(edge.stop() for edge in self._edges.values()))
+        await self.lab.stop()
+        self._verifier = None
+        self._edges.clear()
 
     async def _start(self) -> None:
-        """Verifier, link and drafter at the same time: the link holds the drafter's call until the verifier
-        listens. A drafter that did not have the patience gets a second chance then."""
+        """Verifier, links and edges at the same time: a link holds an edge's call until the verifier listens.
+        An edge that did not have the patience gets a second chance then."""
+        if self.lab.fabric is not None:
+            await self.lab.fabric.set_tcp(self.tcp)
 
         async def verifier() -> None:
-            await self._start_verifier(0)
+            await self._start_verifier(0 if self.lab.fabric is None else VERIFIER_PORT)
             await linked.wait()
-            await self._point_link()
+            await self._point_links()
 
-        async def edge() -> None:
-            self._edge = await self.link.start(self.run_dir)
-            await self.link.apply(self.profile)
+        async def links() -> list[Endpoint]:
+            if self.lab.boxes is not None:
+                await self.lab.boxes.start(self.run_dir)
+            addresses = await asyncio.gather(*(link.start(self.run_dir) for link in self.lab.links))
+            await asyncio.gather(
+                *(link.apply(p) for link, p in zip(self.lab.links, self.profiles, strict=True))
+            )
             linked.set()
+            return addresses
+
+        async def edge(index: int) -> None:
+            address = (await asyncio.shield(linking))[index]
             try:
-                self._drafter = await self._start_drafter(self._edge)
+                self._edges[index] = await self._start_edge(index, address)
             except (NodeDied, NodeError):
                 if listening.done():  # then it did not fail for want of a verifier
                     raise
                 await asyncio.shield(listening)
-                self._drafter = await self._start_drafter(self._edge)
+                self._edges[index] = await self._start_edge(index, address)
 
         linked = asyncio.Event()
         listening = asyncio.create_task(verifier())
-        await _all_or_none(listening, asyncio.create_task(edge()))
+        linking = asyncio.create_task(links())
+        edges = [asyncio.create_task(edge(index)) for index in range(len(self.profiles))]
+        await _all_or_none(listening, linking, *edges)
+        if self.lab.boxes is not None:
+            await self._measure_offset()
 
-    async def _point_link(self) -> None:
+    async def _measure_offset(self) -> None:
+        """Find what the boxes take for themselves, on the path of the first edge, and take it off."""
+        boxes = self.lab.boxes
+        assert boxes is not None
+        await boxes.shape({0: LinkProfile(rtt_ms=OFFSET_RTT_MS)})
+        plan = probe_plan(LinkProfile(rtt_ms=OFFSET_RTT_MS), OFFSET_PROBES)
+        measure = await self._probe(0, plan)
+        for way, delay_ms in (("up", measure.up.delay_p50_ms), ("down", measure.down.delay_p50_ms)):
+            if delay_ms is not None:
+                boxes.offset_ms[way] = max(0.0, delay_ms - OFFSET_RTT_MS / 2)  # type: ignore[index]
+        await boxes.shape(dict(enumerate(self.profiles)))
+
+    async def _point_links(self) -> None:
         assert self._verifier is not None
-        await self.link.set_target(self._verifier.endpoint(self._port))
+        target = self._verifier.endpoint(self._port)
+        await asyncio.gather(*(link.set_target(target) for link in self.lab.links))
 
-    def _spec(self, role: str, args: tuple[str, ...], cpus: tuple[int, ...]) -> NodeSpec:
+    def _spec(self, name: str, args: tuple[str, ...]) -> NodeSpec:
+        edge = name != VERIFIER
+        cpus, limits = (self.cpus.drafter if edge else self.cpus.verifier), self._limits[edge]
         common = ("--control", "stdio", "--token-file", "{dir}/token", "--threads", str(len(cpus)))
         return NodeSpec(
-            name=role,
-            args=(*self._command, role, *self._models, *args, *common, *self._node_args),
+            name=name,
+            args=(*self._command, "drafter" if edge else "verifier", *self._models, *args, *common,
+                  *self._node_args),
             files={"token": self._token + "\n"},
             cpus=cpus,
-        )
+            cpu_quota=limits.cpu_quota,
+            memory_mb=limits.memory_mb,
+        )  # fmt: skip
 
     async def _start_verifier(self, port: int) -> None:
-        spec = self._spec("verifier", ("--host", "{host}", "--port", str(port)), self.cpus.verifier)
-        self._verifier = await self.runtime.start_node(spec, self._start_timeout_s)
+        slots = ("--slots", str(len(self.profiles))) if len(self.profiles) > SLOTS else ()
+        spec = self._spec(VERIFIER, ("--host", "{host}", "--port", str(port), *slots))
+        self._verifier = await self.lab.runtime.start_node(spec, self._start_timeout_s)
         self._port = int(self._verifier.info["port"])
 
-    async def _start_drafter(self, edge: Endpoint) -> NodeHandle:
-        args: tuple[str, ...] = ("--connect", f"ws://{edge}/")
+    async def _start_edge(self, index: int, address: Endpoint) -> NodeHandle:
+        args: tuple[str, ...] = ("--connect", f"ws://{address}/")
         if self._edge_target:
             args += ("--edge-target",)
-        return await self.runtime.start_node(
-            self._spec("drafter", args, self.cpus.drafter), self._start_timeout_s
-        )
+        spec = self._spec(edge_name(index), args)
+        return await self.lab.runtime.start_node(spec, self._start_timeout_s)
 
     # -- work ----------------------------------------------------------------------------------------------
 
@@ -194,43 +234,102 @@ class Testbed:
             raise RuntimeFailed("testbed: not started")
         return self._verifier
 
+    def edge(self, index: int = 0) -> NodeHandle:
+        """An edge node. Raises RuntimeFailed outside the `async with` block."""
+        if index not in self._edges:
+            raise RuntimeFailed(f"testbed: edge {index} is not started (edges: {len(self._edges)})")
+        return self._edges[index]
+
     @property
-    def drafter(self) -> NodeHandle:
-        """The drafter's node. Raises RuntimeFailed outside the `async with` block."""
-        if self._drafter is None:
-            raise RuntimeFailed("testbed: not started")
-        return self._drafter
+    def profile(self) -> LinkProfile:
+        """What the first edge's link does."""
+        return self.profiles[0]
 
-    async def set_link(self, profile: LinkProfile) -> None:
-        """Change what the link does to bytes sent from now on. Raises LinkError."""
-        await self.link.apply(profile)
-        self.profile = profile
+    async def set_link(self, profile: LinkProfile, edge: int = 0) -> None:
+        """Change what a link does to bytes sent from now on. Raises LinkError."""
+        await self.lab.links[edge].apply(profile)
+        self.profiles[edge] = profile
 
-    async def ping(self, n: int = 8, timeout_s: float = 60.0) -> list[float]:
+    async def set_tcp(self, regime: TcpRegime) -> None:
+        """Change the TCP of all nodes for connections made from now on; `reconnect` makes new ones.
+
+        Raises LinkError, or RuntimeFailed where the nodes share the host's TCP.
+        """
+        if self.lab.fabric is not None:
+            await self.lab.fabric.set_tcp(regime)
+        elif (regime.congestion, regime.slow_start_after_idle) != ("auto", True):
+            raise RuntimeFailed(f"tcp: {regime.label} needs runtime netns or docker (this one is process)")
+        await self.verifier.request({"op": "socket", "nodelay": regime.nodelay})
+        self.tcp = regime
+
+    async def tcp_state(self, edge: int = 0) -> dict[str, Any]:
+        """TCP as read back: both ends of an edge's connection, and what its namespace says."""
+        state = {"verifier": (await self.verifier.request({"op": "socket"}))["state"]}
+        if self.lab.fabric is not None:
+            state |= await self.lab.fabric.tcp_state(edge_name(edge))
+        return state
+
+    async def ping(self, n: int = 8, timeout_s: float = 60.0, edge: int = 0) -> list[float]:
         """Round trips in ms of the nodes' own frames over their own connection."""
-        answer = await self.drafter.request({"op": "ping", "n": n, "timeout_s": timeout_s}, timeout_s + 5.0)
+        message = {"op": "ping", "n": n, "timeout_s": timeout_s}
+        answer = await self.edge(edge).request(message, timeout_s + 5.0)
         return [float(rtt_ms) for rtt_ms in answer["rtt_ms"]]
 
-    async def generate(self, job: dict[str, Any], timeout_s: float = 120.0) -> dict[str, Any]:
+    async def calibrate(
+        self, profile: LinkProfile | None = None, edge: int = 0, n: int | None = None
+    ) -> LinkMeasure:
+        """Measure a link over the nodes' own path: with packets where it carries packets, else with frames.
+
+        profile: what it is meant to be; default: what was set last. n: probes; default: what suits it.
+        Raises NodeError, NodeDied or TimeoutError.
+        """
+        profile = profile or self.profiles[edge]
+        if self.lab.boxes is not None:
+            return await self._probe(edge, probe_plan(profile, n))
+        loop = asyncio.get_running_loop()
+        begun_s = loop.time()
+        rtts_ms = await self.ping(n or PINGS, edge=edge)
+        return LinkMeasure(
+            instrument="frames",
+            rtt_p50_ms=percentile(rtts_ms, 0.5) if rtts_ms else math.nan,
+            rtt_p99_ms=percentile(rtts_ms, 0.99) if rtts_ms else math.nan,
+            n=len(rtts_ms),
+            up=DirectionMeasure(),
+            down=DirectionMeasure(),
+            wall_s=loop.time() - begun_s,
+        )
+
+    async def _probe(self, edge: int, plan: dict[str, Any]) -> LinkMeasure:
+        wait_s = 30.0 + plan["n"] * plan["gap_s"] + 10.0 * (plan["rtt_s"] + plan["train_s"])
+        answer = await self.edge(edge).request({"op": "probe", **plan}, wait_s)
+        return msgspec.convert(answer["measure"], LinkMeasure)
+
+    async def counters(self, edge: int = 0) -> dict[str, Any]:
+        """Packets, bytes and drops of a netem link's two qdiscs; empty for other links. Raises LinkError."""
+        return {} if self.lab.boxes is None else await self.lab.boxes.counters(edge)
+
+    async def generate(self, job: dict[str, Any], timeout_s: float = 120.0, edge: int = 0) -> dict[str, Any]:
         """One generation; its record. `job` is the "generate" line without op, id and timeout_s.
 
         Raises NodeError (refused, failed, or code "timeout"), NodeDied, or TimeoutError when even the
         drafter's own time limit did not end it.
         """
         message = {**job, "op": "generate", "timeout_s": timeout_s}
-        answer = await self.drafter.request(message, timeout_s + ANSWER_GRACE_S)
+        answer = await self.edge(edge).request(message, timeout_s + ANSWER_GRACE_S)
         record: dict[str, Any] = answer["record"]
         return record
 
-    async def reconnect(self) -> None:
-        """Have the drafter drop its connection and dial anew: fresh sockets for the next measurement."""
-        await self.drafter.request({"op": "reconnect"}, 60.0)
+    async def reconnect(self, edge: int = 0) -> dict[str, Any]:
+        """Have an edge drop its connection and dial anew; the new connection's TCP as its kernel has it."""
+        message = {"op": "reconnect", "nodelay": self.tcp.nodelay}
+        state: dict[str, Any] = (await self.edge(edge).request(message, 60.0)).get("socket", {})
+        return state
 
     # -- faults --------------------------------------------------------------------------------------------
 
-    async def drop_connections(self) -> int:
-        """Reset every connection through the link; how many."""
-        return await self.link.drop()
+    async def drop_connections(self, edge: int = 0) -> int:
+        """Reset every connection through an edge's link; how many."""
+        return await self.lab.links[edge].drop()
 
     async def kill_verifier(self) -> None:
         """SIGKILL the verifier and wait until it is gone."""
@@ -241,11 +340,11 @@ class Testbed:
         if self.verifier.returncode is None:
             raise RuntimeFailed("verifier: still running (kill_verifier first)")
         await self._start_verifier(self._port)
-        await self._point_link()
+        await self._point_links()
         return self.verifier.info
 
 
-async def _all_or_none(*tasks: asyncio.Task[None]) -> None:
+async def _all_or_none(*tasks: asyncio.Task[Any]) -> None:
     """Wait for all; when one fails, cancel the others, wait for them and raise its error."""
     try:
         await asyncio.gather(*tasks)

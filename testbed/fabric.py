@@ -2,8 +2,8 @@
 
 Everything that a run needs of networking (bridges, virtual cables, taps, qdiscs) is made inside one namespace
 that no name points to. An agent process holds it, and dies with the controller; the kernel then takes the
-namespace and all that is in it away. So a controller that is killed leaves no interface behind, the host's own
-interfaces, firewall and routes are never touched, and two controllers never meet.
+namespace and all that is in it away. So a controller that is killed leaves no interface behind, the host's
+own interfaces, firewall and routes are never touched, and two controllers never meet.
 
     edge0 ── bridge e0 ══ box 0 ══╗
     edge1 ── bridge e1 ══ box 1 ══╬══ bridge core ── verifier
@@ -13,8 +13,8 @@ A box (`testbed.links.netem`) is what shapes; each node is alone in a namespace 
 All are in one subnet, with permanent neighbour entries, so that no ARP is delayed or lost by a link. Offloads
 are off everywhere: with them a link would drop or delay 64 KB at a time.
 
-Not root? Then the fabric is made inside a user namespace of its own, and only runtimes that can put their nodes
-there (`netns`) can use it.
+Not root? Then the fabric is made inside a user namespace of its own, and only runtimes that can put their
+nodes there (`netns`) can use it.
 """
 
 from __future__ import annotations
@@ -44,6 +44,7 @@ REQUEST_TIMEOUT_S = 30.0
 OFFLOADS = ("rx", "tx", "sg", "tso", "gso", "gro")
 NAMESPACE_TIMEOUT_S = 20.0
 MAX_EDGES = 64
+BRIDGE_OPTIONS = "ageing_time 8640000 mcast_snooping 0"  # who is where stays known: nothing is flooded
 
 
 def edge_name(index: int) -> str:
@@ -59,6 +60,19 @@ def _mac(node: str) -> str:
     return f"02:d5:d1:ab:00:{_host_number(node):02x}"
 
 
+def _network_namespace(pid: int) -> str:
+    """The identity of a process's network namespace. Raises OSError."""
+    return str(Path(f"/proc/{pid}/ns/net").readlink())
+
+
+def available_congestion() -> list[str]:
+    """The congestion controls of this kernel; empty where it does not say."""
+    try:
+        return Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
+    except OSError:
+        return []
+
+
 def offloads_off(device: str) -> list[str]:
     """The command that switches a device's offloads off."""
     return ["ethtool", "-K", device, *(word for name in OFFLOADS for word in (name, "off"))]
@@ -68,16 +82,23 @@ class Fabric:
     """The namespace, its agent and the nodes' cables. A `Wiring` for runtimes.
 
     n_edges: how many edge nodes there will be, 1 to 64. Raises LinkError.
+    flat: no boxes in between; everything is on the core bridge, and so is the fabric itself (`host`).
     """
 
-    def __init__(self, n_edges: int = 1) -> None:
+    host = f"{SUBNET}.254"
+    """The fabric's own address where it is flat: for links that are programs."""
+
+    def __init__(self, n_edges: int = 1, *, flat: bool = False) -> None:
         if not 1 <= n_edges <= MAX_EDGES:
             raise LinkError(f"edges: {n_edges} is out of range (allowed: 1 to {MAX_EDGES})")
         self.n_edges = n_edges
+        self.flat = flat
         self.nodes = (VERIFIER, *(edge_name(i) for i in range(n_edges)))
         self.rootless = os.geteuid() != 0
         self._child: Child | None = None
         self._pids: dict[str, int] = {}
+        self._algorithms: list[str] = []
+        self.regime = TcpRegime()
 
     # -- life ----------------------------------------------------------------------------------------------
 
@@ -93,17 +114,14 @@ class Fabric:
                 launch_options=options,
             )
             await self._child.wait_ready(REQUEST_TIMEOUT_S)
-            bridges = [CORE, *(f"e{i}" for i in range(self.n_edges))]
+            bridges = sorted({CORE, *(self.bridge_of(node) for node in self.nodes)})
             await self.batch(
                 "ip",
                 ["link set lo up"]
-                + [
-                    line
-                    for name in bridges
-                    for line in (f"link add {name} type bridge", f"link set {name} up")
-                ],
+                + [f"link add {name} type bridge {BRIDGE_OPTIONS}" for name in bridges]
+                + [f"link set {name} up" for name in bridges]
+                + ([f"addr add {self.host}/24 dev {CORE}"] if self.flat else []),
             )
-            # A bridge answers and floods less when it has no address and learns nothing it does not need.
             await self.quiet(bridges)
         except (NodeDied, NodeError) as error:
             await self.stop()
@@ -181,18 +199,17 @@ class Fabric:
     def address(self, node: str) -> str:
         return f"{SUBNET}.{_host_number(node)}"
 
-    @staticmethod
-    def bridge_of(node: str) -> str:
+    def bridge_of(self, node: str) -> str:
         """The bridge that a node's cable ends at."""
-        return CORE if node == VERIFIER else "e" + node.removeprefix("edge")
+        return CORE if node == VERIFIER or self.flat else "e" + node.removeprefix("edge")
 
     async def namespace_made(self, pid: int) -> None:
         """Wait until a launched process is in a network namespace of its own. Raises LinkError."""
         end_s = asyncio.get_running_loop().time() + NAMESPACE_TIMEOUT_S
-        ours = os.readlink("/proc/self/ns/net")
+        ours = _network_namespace(os.getpid())
         while asyncio.get_running_loop().time() < end_s:
             try:
-                if os.readlink(f"/proc/{pid}/ns/net") != ours:
+                if _network_namespace(pid) != ours:
                     return
             except PermissionError:  # between two sets of credentials
                 pass
@@ -215,13 +232,14 @@ class Fabric:
         await self.batch("ip", [f"link set {cable} master {self.bridge_of(node)} up"])
         await self.quiet(["all", "default", "eth0"], node=node)
         await self.run(offloads_off("eth0"), node=node)
-        others = (VERIFIER,) if node != VERIFIER else self.nodes[1:]
+        others = [VERIFIER] if node != VERIFIER else list(self.nodes[1:])
         await self.batch(
             "ip",
             ["link set lo up", f"addr add {self.address(node)}/24 dev eth0", "link set eth0 up"]
             + [f"neigh replace {self.address(n)} lladdr {_mac(n)} nud permanent dev eth0" for n in others],
             node=node,
         )
+        await self._apply_tcp(node)
 
     # -- TCP -----------------------------------------------------------------------------------------------
 
@@ -231,23 +249,27 @@ class Fabric:
         Algorithm and RTO floor are attributes of the route: unlike the namespace's sysctl, a route may name
         algorithms that the host's administrator keeps from ordinary users, and both ends take it.
         """
-        algorithm = await self._algorithm(regime.congestion)
-        words = f"rto_min {regime.rto_min_ms:g}ms" + (f" congctl {algorithm}" if algorithm else "")
+        self._algorithm(regime.congestion)
+        self.regime = regime
         for node in self._pids:
-            values = {
-                "tcp_slow_start_after_idle": int(regime.slow_start_after_idle),
-                "tcp_no_metrics_save": 1,
-            }
-            script = "; ".join(f"echo {v} > /proc/sys/net/ipv4/{k}" for k, v in values.items())
-            route = f"route replace {SUBNET}.0/24 dev eth0 src {self.address(node)} {words}"
-            await self.run(
-                ["sh", "-c", script], ["ip", *route.split()], ["ip", "tcp_metrics", "flush"], node=node
-            )
+            await self._apply_tcp(node)
 
-    async def _algorithm(self, asked: str) -> str:
-        if not hasattr(self, "_algorithms"):
-            path = "/proc/sys/net/ipv4/tcp_available_congestion_control"
-            self._algorithms = (await self.run(["cat", path]))[0].split()
+    async def _apply_tcp(self, node: str) -> None:
+        algorithm = self._algorithm(self.regime.congestion)
+        values = {
+            "tcp_slow_start_after_idle": int(self.regime.slow_start_after_idle),
+            "tcp_no_metrics_save": 1,  # nothing learnt from one connection is passed on to the next
+        }
+        script = "; ".join(f"echo {value} > /proc/sys/net/ipv4/{name}" for name, value in values.items())
+        words = f"rto_min {self.regime.rto_min_ms:g}ms" + (f" congctl {algorithm}" if algorithm else "")
+        route = f"route replace {SUBNET}.0/24 dev eth0 src {self.address(node)} {words}"
+        await self.run(["sh", "-c", script], ["ip", *route.split()], node=node)
+
+    def _algorithm(self, asked: str) -> str:
+        if (
+            not self._algorithms
+        ):  # a fresh namespace hides what only root may choose; the route may all the same
+            self._algorithms = available_congestion()
         if asked == "auto":
             return "cubic" if "cubic" in self._algorithms else ""
         if asked not in self._algorithms:
@@ -258,7 +280,7 @@ class Fabric:
         return asked
 
     async def tcp_state(self, node: str) -> dict[str, Any]:
-        """What the kernel says of a node: slow start after idle, and offloads that are on (none should be)."""
+        """What the kernel says of a node: slow start after idle; offloads that are on (none should be)."""
         sysctl, features = await self.run(
             ["cat", "/proc/sys/net/ipv4/tcp_slow_start_after_idle"], ["ethtool", "-k", "eth0"], node=node
         )

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import socket
+import sys
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -48,9 +49,16 @@ Handler = Callable[[Channel], Awaitable[None]]
 class WebSocketChannel(Channel):
     """A Channel over one WebSocket; made by `connect` and `serve`."""
 
-    def __init__(self, ws: _WebSocket, peer: str, session: aiohttp.ClientSession | None = None) -> None:
+    def __init__(
+        self,
+        ws: _WebSocket,
+        peer: str,
+        session: aiohttp.ClientSession | None = None,
+        *,
+        nodelay: bool = True,
+    ) -> None:
         super().__init__(peer)
-        _set_nodelay(ws)
+        _set_nodelay(ws, nodelay)
         self._ws = ws
         self._session = session
         self._queue: deque[bytes | ProtocolError] = deque()
@@ -92,6 +100,21 @@ class WebSocketChannel(Channel):
         frame = decode(item)
         self.bytes_received[type(frame).__name__] += len(item)
         return frame
+
+    def tcp_state(self) -> dict[str, bool | str | float]:
+        """The connection's TCP as its kernel has it: nodelay, congestion, rto_ms; empty once it is closed."""
+        sock = self._ws.get_extra_info("socket")
+        state: dict[str, bool | str | float] = {}
+        if sock is None:
+            return state
+        with suppress(OSError):
+            state["nodelay"] = bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        with suppress(OSError, AttributeError):  # Linux
+            name = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16)
+            state["congestion"] = name.partition(b"\0")[0].decode()
+            info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+            state["rto_ms"] = int.from_bytes(info[8:12], sys.byteorder) / 1e3  # tcpi_rto, microseconds
+        return state
 
     async def close(self) -> None:
         await self.close_with(WSCloseCode.OK)
@@ -167,23 +190,28 @@ def _wake(future: asyncio.Future[None] | None) -> None:
         future.set_result(None)
 
 
-def _set_nodelay(ws: _WebSocket) -> None:
-    """Switch Nagle's algorithm off and make sure that it is; raises OSError."""
+def _set_nodelay(ws: _WebSocket, nodelay: bool) -> None:
+    """Switch Nagle's algorithm off (or on) and make sure that it is; raises OSError."""
     sock = ws.get_extra_info("socket")
     if sock is None:  # closed already: the first send or recv will say so
         return
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    if not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY):
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, int(nodelay))
+    if bool(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)) != nodelay:
         raise OSError("TCP_NODELAY cannot be set")
 
 
 async def connect(
-    url: str, *, timeout_s: float = CONNECT_TIMEOUT_S, heartbeat_s: float = HEARTBEAT_S
+    url: str,
+    *,
+    timeout_s: float = CONNECT_TIMEOUT_S,
+    heartbeat_s: float = HEARTBEAT_S,
+    nodelay: bool = True,
 ) -> WebSocketChannel:
     """Dial a verifier at ws://HOST:PORT/ (or wss://). Raises ConnectFailed, naming the URL and the reason.
 
     timeout_s: for name look-up, TCP and WebSocket handshake together.
     heartbeat_s: see HEARTBEAT_S; at most 1.5 times as long, and a dead peer is noticed.
+    nodelay: False leaves Nagle's algorithm on, to measure what it costs.
     """
     if not url.startswith(("ws://", "wss://")):
         raise ConnectFailed(f"cannot connect to {url}: allowed: ws://HOST:PORT/ or wss://HOST:PORT/")
@@ -197,7 +225,7 @@ async def connect(
                 max_msg_size=_MAX_MSG_SIZE,
                 timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT_S),
             )
-        return WebSocketChannel(ws, url, session)
+        return WebSocketChannel(ws, url, session, nodelay=nodelay)
     except BaseException as error:
         await session.close()
         reason = _why_not(error, timeout_s)
@@ -235,13 +263,14 @@ async def serve(
     *,
     heartbeat_s: float = HEARTBEAT_S,
     max_connections: int = 64,
+    nodelay: Callable[[], bool] = lambda: True,
 ) -> AsyncIterator[int]:
     """Listen, and run `handler(channel)` for each connection; yields the bound port (0 asks for a free one).
 
     A connection ends when its handler returns. A ProtocolError out of the handler is told to the peer in an
     Error frame, any other exception is logged and told as "internal"; the server lives on. Leaving the
     context closes every connection (close code 1001), waits a moment for the handlers and cancels the rest.
-    Raises ListenFailed.
+    nodelay: asked for each new connection; see `connect`. Raises ListenFailed.
     """
     running: dict[WebSocketChannel, asyncio.Task[None]] = {}
 
@@ -260,7 +289,7 @@ async def serve(
         if len(running) >= max_connections:
             return web.Response(status=503, text=f"{max_connections} connections already\n")
         await ws.prepare(request)
-        channel = WebSocketChannel(ws, request.remote or "?")
+        channel = WebSocketChannel(ws, request.remote or "?", nodelay=nodelay())
         running[channel] = asyncio.get_running_loop().create_task(_run_handler(handler, channel))
         await asyncio.wait([running[channel]])
         del running[channel]

@@ -101,10 +101,6 @@ class Link(ABC):
         """Shape what is sent from now on by `profile`; connections stay, bytes keep their order."""
 
     @abstractmethod
-    async def probe(self, n: int = 20, n_bytes: int = 200) -> LinkProbe:
-        """Measure `n` round trips of `n_bytes` through the box, over its own path. Raises LinkError."""
-
-    @abstractmethod
     async def drop(self) -> int:
         """Fault injection: reset every connection now; how many there were."""
 

@@ -28,6 +28,7 @@ from typing import Any
 from dsdlab.sim.profile import LinkProfile
 from testbed.child import Child
 from testbed.control import NodeDied, NodeError
+from testbed.fabric import Fabric
 from testbed.ledger import Ledger
 from testbed.links.base import EchoServer, Endpoint, Link, LinkError, LinkProbe, probe_echo
 from testbed.links.box import Box, emit
@@ -35,10 +36,11 @@ from testbed.links.box import Box, emit
 __all__ = ["ModelledLink", "main"]
 
 REQUEST_TIMEOUT_S = 10.0
+LOOPBACK = "127.0.0.1"
 
 
 class ModelledLink(Link):
-    """A box in a process of its own on the controller's host. No privilege needed."""
+    """A box in a process of its own: on the controller's host, without any privilege, or in a flat fabric."""
 
     name = "modelled"
     label = "modelled"
@@ -49,12 +51,14 @@ class ModelledLink(Link):
         *,
         seed: int = 0,
         box_name: str = "link",
-        host: str = "127.0.0.1",
+        host: str = LOOPBACK,
+        fabric: Fabric | None = None,
     ) -> None:
         self.profile = profile or LinkProfile()
         self._seed = seed
         self._box_name = box_name
-        self._host = host
+        self._fabric = fabric
+        self._host = host if fabric is None else fabric.host
         self._child: Child | None = None
         self.granted: dict[str, Any] = {}
 
@@ -78,6 +82,7 @@ class ModelledLink(Link):
                 log_path=run_dir / "logs" / f"{self._box_name}.log",
                 ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
                 env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+                launch_options=() if self._fabric is None else self._fabric.join_options,
             )
             ready = await self._child.wait_ready(REQUEST_TIMEOUT_S)
         except (NodeDied, NodeError) as error:
@@ -110,7 +115,7 @@ class ModelledLink(Link):
         return Endpoint(self._host, int(answer["port"]))
 
     async def probe(self, n: int = 20, n_bytes: int = 200) -> LinkProbe:
-        """Round trips to an echo peer behind a port of its own in the same box."""
+        """Round trips to an echo peer behind a port of its own in the same box; on the host only."""
         echo = EchoServer(self._host)
         try:
             return await probe_echo(await self.open_port(echo.endpoint), n, n_bytes)

@@ -1,8 +1,8 @@
 """From a `LinkProfile` to the arguments of `tc qdisc … netem`. Pure.
 
-One netem qdisc per direction holds delay, jitter, loss, reordering, rate and queue. It always names a rate, for
-two reasons: packets then leave in order whatever the jitter (netem orders by departure time only where there is
-no rate), and a later `tc qdisc change` keeps whatever it does not name, so a rate that is left out would stay.
+One netem qdisc per direction holds delay, jitter, loss, reordering, rate and queue. It always names a rate,
+for two reasons: packets then leave in order whatever the jitter (netem orders by departure time only where
+there is no rate), and a change keeps whatever it does not name, so a rate that is left out would stay.
 Source: tc-netem(8), and net/sched/sch_netem.c, netem_enqueue and netem_change.
 """
 
@@ -24,8 +24,8 @@ UNLIMITED_PACKETS = 100_000
 def queue_packets(profile: LinkProfile, direction: Direction) -> int:
     """netem's `limit`: packets in its delay line and its queue together, counted as full frames.
 
-    What the link holds at its rate during its longest delay, plus the buffer. A flow of small packets fills it
-    with fewer bytes.
+    What the link holds at its rate during its longest delay, plus the buffer. A flow of small packets fills
+    it with fewer bytes.
     """
     rate = profile.rate_mbit(direction)
     if rate is None or profile.buffer_bytes is None:
@@ -43,20 +43,20 @@ def netem_arguments(profile: LinkProfile, direction: Direction, offset_ms: float
     """
     rate = profile.rate_mbit(direction)
     if rate is not None and rate > UNLIMITED_MBIT:
-        raise LinkError(
-            f"rate_{direction}_mbit: {rate:g} is out of netem's range (allowed: to 10000, or none)"
-        )
+        field = f"rate_{direction}_mbit"
+        raise LinkError(f"{field}: {rate:g} is beyond netem (allowed: up to {UNLIMITED_MBIT:g}, or none)")
     if profile.reorder_pct > 0.0 and rate is not None:
         raise LinkError(
-            f"reorder_pct: {profile.reorder_pct:g} with a rate of {rate:g} Mbit/s: in netem the packets that overtake "
-            "do not pass the bottleneck (allowed: one of the two)"
+            f"reorder_pct: {profile.reorder_pct:g} with a rate of {rate:g} Mbit/s: what overtakes would "
+            "not pass netem's bottleneck (allowed: one of the two)"
         )
     delay_ms = max(0.0, 1e3 * profile.delay_s(direction) - offset_ms)
     jitter_ms = profile.jitter_ms * profile.fraction(direction)
     if jitter_ms > delay_ms:
+        most_ms = delay_ms / profile.fraction(direction)
         raise LinkError(
-            f"jitter_ms: {profile.jitter_ms:g} is more than rtt_ms {profile.rtt_ms:g} less {offset_ms:.2f} ms that the "
-            f"box takes for itself {direction}wards (allowed: up to {delay_ms / max(profile.fraction(direction), 1e-9):.2f})"
+            f"jitter_ms: {profile.jitter_ms:g} is more than rtt_ms {profile.rtt_ms:g} less the "
+            f"{offset_ms:.2f} ms that the box itself takes {direction} (allowed: up to {most_ms:.2f})"
         )
     words = ["limit", str(queue_packets(profile, direction)), "delay", f"{1e3 * delay_ms:.0f}us"]
     if jitter_ms:

@@ -1,9 +1,9 @@
 """netem for kernels without it: the boxes live inside a User-Mode Linux router.
 
-`linux.uml` is a Linux kernel that runs as an ordinary process (Debian: package user-mode-linux, with sch_netem
-among its modules). One router holds the boxes of all edges: each has two network devices, which are taps of the
-fabric, and a bridge between them. The router's root is the host's file system, read-only; its first process
-becomes the same agent that the fabric has, so that both are told what to do in the same words.
+`linux.uml` is a Linux kernel that runs as an ordinary process (Debian: package user-mode-linux, sch_netem
+among its modules). One router holds the boxes of all edges: each has two network devices, which are taps of
+the fabric, and a bridge between them. The router's root is the host's file system, read-only; its first
+process becomes the same agent that the fabric has, so that both are told what to do in the same words.
 
 It runs in a PID namespace of its own: when it or the controller is killed, nothing of it lives on. Nothing of
 it is on disk either: its start script goes in through its console.
@@ -22,7 +22,7 @@ from dsdlab.sim.profile import Direction, LinkProfile
 from testbed import agent
 from testbed.child import Child
 from testbed.control import NodeDied, NodeError
-from testbed.fabric import CORE, offloads_off
+from testbed.fabric import BRIDGE_OPTIONS, CORE, Fabric, offloads_off
 from testbed.ledger import Ledger
 from testbed.links.base import LinkError
 from testbed.links.netem import Boxes
@@ -57,7 +57,8 @@ def _start_script(n_boxes: int) -> str:
     modules = "/run/m/lib/modules/$(uname -r)"
     lines = [
         "PS1=; stty raw -echo",
-        "mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs none /run; mount -t tmpfs none /tmp",
+        "mount -t proc proc /proc; mount -t sysfs sys /sys",
+        "mount -t tmpfs none /run; mount -t tmpfs none /tmp",
         f"mkdir -p /run/m/lib/modules; ln -s {MODULES}/$(uname -r) {modules}",
         "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH",
         "modprobe -d /run/m sch_netem; modprobe -d /run/m bridge",
@@ -66,7 +67,7 @@ def _start_script(n_boxes: int) -> str:
     for box in range(n_boxes):
         near, far = f"vec{2 * box}", f"vec{2 * box + 1}"
         lines += [
-            f"ip link add br{box} type bridge ageing_time 8640000 mcast_snooping 0",
+            f"ip link add br{box} type bridge {BRIDGE_OPTIONS}",
             *(f"ip link set {port} master br{box} up" for port in (near, far)),
             f"ip link set br{box} up",
         ]
@@ -80,8 +81,8 @@ class UmlBoxes(Boxes):
     name = "netem-uml"
     label = "netem (User-Mode Linux)"
 
-    def __init__(self, fabric: object) -> None:
-        super().__init__(fabric)  # type: ignore[arg-type]
+    def __init__(self, fabric: Fabric) -> None:
+        super().__init__(fabric)
         self._child: Child | None = None
 
     async def start(self, run_dir: Path) -> None:
@@ -89,8 +90,8 @@ class UmlBoxes(Boxes):
             raise LinkError(f"link netem-uml: {problem}")
         fabric = self.fabric
         argv = [
-            KERNEL, f"mem={64 + 4 * fabric.n_edges}M", "rootfstype=hostfs", "rootflags=/", "ro", "init=/bin/sh",
-            "uml_dir=/nonexistent", "con0=fd:0,fd:1", "con=null", "quiet", "random.trust_cpu=on",
+            KERNEL, f"mem={64 + 4 * fabric.n_edges}M", "rootfstype=hostfs", "rootflags=/", "ro",
+            "init=/bin/sh", "uml_dir=/nonexistent", "con0=fd:0,fd:1", "con=null", "quiet",
         ]  # fmt: skip
         for edge in range(fabric.n_edges):
             await self._make_taps(edge)

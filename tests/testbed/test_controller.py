@@ -50,10 +50,10 @@ def test_drafter_may_be_first(tmp_path: Path) -> None:
 
 def test_work_link_and_faults(tmp_path: Path) -> None:
     async def body() -> None:
-        async with bed(tmp_path, profile=LinkProfile(rtt_ms=20)) as testbed:
+        async with bed(tmp_path, profiles=[LinkProfile(rtt_ms=20)]) as testbed:
             split = CpuSplit.default()
             assert testbed.verifier.info["info"]["cpus"] == list(split.verifier)
-            assert testbed.drafter.info["info"]["cpus"] == list(split.drafter)
+            assert testbed.edge().info["info"]["cpus"] == list(split.drafter)
             rtts_ms = await testbed.ping(5)
             assert len(rtts_ms) == 5
             assert min(rtts_ms) >= 19.8
@@ -111,7 +111,7 @@ def test_failed_starts_leave_nothing_and_say_why(tmp_path: Path) -> None:
 def test_a_node_that_dies_in_mid_run_is_reported(tmp_path: Path) -> None:
     async def body() -> None:
         async with bed(tmp_path, "fragile") as testbed:
-            with pytest.raises(NodeDied, match=r"drafter ended with exit status 9; .*out of memory"):
+            with pytest.raises(NodeDied, match=r"edge0 ended with exit status 9; .*out of memory"):
                 await testbed.generate({"max_new_tokens": 5}, timeout_s=5)
 
     run(body())
