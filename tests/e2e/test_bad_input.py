@@ -47,6 +47,15 @@ def refused(cwd: Path, *args: str) -> str:
         (("alpha=0.8", "alpha=1.8"), "alpha is 1.8"),
         (('target = "emulated', 'target = "nothere'), "unknown model"),
         (('"dsd-sync"', '"dsd-psychic"'), "allowed: 'cloud-ar'"),
+        (("[run]", "[link]\nreorder_pct = 1\n[run]"), "needs netem or netem-uml"),
+        (("[run]", "[[link.steps]]\nat_s = 1\npartition = true\n[run]"), "link.steps.0.partition is true"),
+        (("[run]", "[[link.steps]]\nat_s = 1\n[run]"), "link.steps.0 changes nothing"),
+        (("[run]", "[tcp]\ncongestion = ['bbr']\n[run]"), "needs runtime netns or docker"),
+        (("[run]", "[nodes]\nedge_memory_mb = 512\n[run]"), "needs runtime docker"),
+        (
+            ("rtt_ms = [1, 15]", "rtt_ms = [1, 15]\njitter_ms = [2]"),
+            "grid.jitter_ms: 2.0 is more than rtt_ms",
+        ),
         (("[run]", "[run"), "is not TOML"),
     ],
 )

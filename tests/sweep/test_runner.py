@@ -1,0 +1,143 @@
+"""One generation on a bed of lies: when is a link set again, what is excluded, what does the row say?"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from dsdlab.nodes.record import GenerationRecord
+from dsdlab.scenario import Scenario
+from dsdlab.sim.profile import LinkProfile, TcpRegime
+from dsdlab.sweep.calibration import LinkMeasure
+from dsdlab.sweep.plan import plan_jobs, remaining
+from dsdlab.sweep.rows import Row
+from dsdlab.sweep.runner import CellFailed, Generation, run_jobs
+from dsdlab.sweep.store import Store, read_rows
+from dsdlab.sweep.workload import Prompt
+
+RAW: dict[str, Any] = {
+    "name": "s",
+    "grid": {"mode": ["cloud-ar"], "rtt_ms": [50]},
+    "link": {"steps": [{"at_s": 2, "for_s": 1, "rtt_ms": 150}]},
+    "tcp": {"rto_min_ms": [40]},
+    "run": {"repeats": 1},
+}
+
+
+def measure(rtt_ms: float, n: int = 3) -> LinkMeasure:
+    return LinkMeasure(instrument="frames", rtt_p50_ms=rtt_ms, rtt_p99_ms=rtt_ms, n=n)
+
+
+class FakeBed:
+    """Measures what it is told to, in order; the last measure is repeated."""
+
+    def __init__(self, *rtts_ms: float | CellFailed) -> None:
+        self.rtts_ms = list(rtts_ms)
+        self.said: list[str] = []
+        self.timeline: Sequence[tuple[float, LinkProfile, str]] = ()
+        self.generate_fails: CellFailed | None = None
+
+    async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
+        self.said.append("set")
+        assert profile == LinkProfile(rtt_ms=50, rto_min_ms=40)
+        return {"congestion": "cubic", "rto_min_ms": tcp.rto_min_ms}
+
+    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
+        self.said.append("calibrate")
+        assert profile == LinkProfile(rtt_ms=50, rto_min_ms=40)
+        found = self.rtts_ms.pop(0) if len(self.rtts_ms) > 1 else self.rtts_ms[0]
+        if isinstance(found, CellFailed):
+            raise found
+        return measure(found) if math.isfinite(found) else measure(found, 0)
+
+    async def generate(
+        self, job: dict[str, Any], timeout_s: float, timeline: Sequence[tuple[float, LinkProfile, str]]
+    ) -> Generation:
+        self.said.append("generate")
+        assert (job["mode"], job["prompt_ids"], timeout_s) == ("cloud-ar", [1], 120.0)
+        self.timeline = timeline
+        await asyncio.sleep(0.02)
+        if self.generate_fails is not None:
+            raise self.generate_fails
+        record = GenerationRecord(ids=[1, 2], finish="length", ttft_s=0.1, commits=[(0.1, 1), (0.2, 1)])
+        return Generation(
+            record=msgspec.to_builtins(record), link_changes=[(2.001, "RTT 150 ms")],
+            link_counters={"up": {"packets": 7, "bytes": 900, "drops": 0}},
+        )  # fmt: skip
+
+
+def run(bed: FakeBed, folder: Path) -> Row:
+    scenario = Scenario.model_validate(RAW)
+    jobs = plan_jobs(scenario, [Prompt("p", "x")], [[1]])
+    with Store(folder) as store:
+        asyncio.run(run_jobs(scenario, jobs, {jobs[0].reference: [1, 2]}, bed, store, lambda _: None))
+    rows, problems = read_rows(folder)
+    assert problems == []
+    assert bool(remaining(jobs, rows)) is not rows[0].usable, "excluded and failed ones are tried again"
+    return rows[0]
+
+
+def test_a_good_link_is_measured_before_and_after(tmp_path: Path) -> None:
+    bed = FakeBed(50.2, 50.7)
+    row = run(bed, tmp_path)
+    assert bed.said == ["set", "calibrate", "generate", "calibrate"]
+    assert (row.status, row.excluded, row.exact, row.usable) == ("ok", "", True, True)
+    assert row.link_before is not None and row.link_after is not None
+    assert (row.link_before.rtt_p50_ms, row.link_after.rtt_p50_ms, row.rtt_measured_ms) == (50.2, 50.7, 50.2)
+    assert row.profile == LinkProfile(rtt_ms=50, rto_min_ms=40)
+    assert row.tcp_asked == TcpRegime(rto_min_ms=40)
+    assert row.tcp["read_back"] == {"congestion": "cubic", "rto_min_ms": 40}
+    assert row.link_steps == "RTT 150 ms from 2 s for 1 s"
+    assert [(t, p.rtt_ms) for t, p, _ in bed.timeline] == [(2, 150), (3, 50)]
+    assert row.link_changes == [(2.001, "RTT 150 ms")]
+    assert row.link_counters == {"up": {"packets": 7, "bytes": 900, "drops": 0}}
+    assert row.generate_s >= 0.02
+    assert row.wall_s == pytest.approx(row.generate_s + row.overhead_s)
+
+
+def test_a_wrong_link_is_set_again_at_most_twice(tmp_path: Path) -> None:
+    bed = FakeBed(61.0, 61.0, 50.0)
+    assert run(bed, tmp_path / "mended").usable
+    assert bed.said == ["set", "calibrate"] * 3 + ["generate", "calibrate"]
+    bed = FakeBed(61.0, 62.0, 63.0, 50.0)
+    row = run(bed, tmp_path / "not")
+    assert bed.said == ["set", "calibrate"] * 3 + ["generate", "calibrate"]
+    assert row.excluded == "before: RTT is 63.00 ms, asked 50.00 ± 2.00"
+    assert (row.status, row.exact, row.ids) == ("ok", True, [1, 2])
+
+
+def test_a_link_that_went_wrong_has_no_second_chance(tmp_path: Path) -> None:
+    bed = FakeBed(50.0, 47.9)
+    row = run(bed, tmp_path / "after")
+    assert bed.said == ["set", "calibrate", "generate", "calibrate"]
+    assert row.excluded == "after: RTT is 47.90 ms, asked 50.00 ± 2.00"
+    row = run(FakeBed(9.0), tmp_path / "both")
+    assert row.excluded.startswith("before: RTT is 9.00 ms")
+    assert "; after: RTT is 9.00 ms" in row.excluded
+
+
+def test_measurements_that_fail(tmp_path: Path) -> None:
+    lost = CellFailed("timeout", "ping: nobody answers")
+    row = run(FakeBed(lost), tmp_path / "before")
+    assert (row.status, row.error, row.link_before) == ("timeout", "ping: nobody answers", None)
+    row = run(FakeBed(50.0, lost), tmp_path / "after")
+    assert (row.status, row.exact) == ("ok", True)
+    assert row.excluded == "after: not measured (ping: nobody answers)"
+    row = run(FakeBed(math.nan, math.nan, math.nan, 50.0), tmp_path / "nothing")  # JSON has no NaN
+    assert row.excluded == "before: no probe came back"
+    assert row.rtt_measured_ms is None
+
+
+def test_a_generation_that_fails_is_a_row_with_its_time(tmp_path: Path) -> None:
+    bed = FakeBed(50.0)
+    bed.generate_fails = CellFailed("failed", "refused")
+    row = run(bed, tmp_path)
+    assert bed.said == ["set", "calibrate", "generate"]
+    assert (row.status, row.error, row.link_after) == ("failed", "refused", None)
+    assert row.generate_s >= 0.02

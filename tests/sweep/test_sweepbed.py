@@ -1,0 +1,120 @@
+"""The testbed as the sweep sees it: pings in doubt, changes in mid-generation, and what is put back."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dsdlab.sim.profile import LinkProfile, LinkStep
+from dsdlab.sweep.calibration import LinkMeasure
+from dsdlab.sweep.runner import CellFailed
+from testbed.control import NodeError
+from testbed.controller import Testbed
+from testbed.sweepbed import SweepBed
+
+BASE = LinkProfile(rtt_ms=20)
+
+
+class FakeTestbed:
+    """Answers what `SweepBed.generate` and `Testbed.calibrate` ask."""
+
+    def __init__(self, rtts_ms: list[float] | None = None) -> None:
+        self.profile = BASE
+        self.lab = SimpleNamespace(boxes=None)
+        self.rtts_ms = rtts_ms or []
+        self.applied: list[tuple[float, LinkProfile]] = []
+        self.packets = 0
+        self.lasts_s = 0.0
+        self.fails: Exception | None = None
+
+    async def set_link(self, profile: LinkProfile) -> None:
+        self.profile = profile
+        self.applied.append((asyncio.get_running_loop().time(), profile))
+
+    async def counters(self) -> dict[str, Any]:
+        self.packets += 10
+        return {"up": {"packets": self.packets, "bytes": 0, "drops": 1}}
+
+    async def ping(self, n: int, edge: int = 0) -> list[float]:
+        assert edge == 0
+        out, self.rtts_ms = self.rtts_ms[:n], self.rtts_ms[n:]
+        return out
+
+    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
+        if self.fails is not None:
+            raise self.fails
+        return await Testbed.calibrate(self, profile)  # type: ignore[arg-type]
+
+    async def generate(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        await asyncio.sleep(self.lasts_s)
+        if self.fails is not None:
+            raise self.fails
+        return {"job": job, "timeout_s": timeout_s}
+
+
+def bed(fake: FakeTestbed) -> SweepBed:
+    return SweepBed(fake)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rtts_ms", "n", "median_ms"),
+    [
+        ([20.1, 20.2, 20.3], 3, 20.2),
+        ([20.1, 90.0, 90.0, 20.2, 20.3, 20.4, 20.5], 7, 20.4),  # two of three were late by chance
+        ([25.0] * 15, 15, 25.0),  # a link that is wrong stays wrong
+    ],
+)
+def test_more_pings_only_in_doubt(rtts_ms: list[float], n: int, median_ms: float) -> None:
+    measure = asyncio.run(bed(FakeTestbed(rtts_ms)).calibrate(BASE))
+    assert (measure.instrument, measure.n, measure.rtt_p50_ms) == ("frames", n, median_ms)
+    assert measure.rtt_p99_ms == max(rtts_ms)
+
+
+def test_the_link_changes_in_time_and_is_put_back() -> None:
+    fake = FakeTestbed()
+    fake.lasts_s = 0.25
+    steps = (
+        LinkStep(at_s=0.05, for_s=0.1, changes={"rtt_ms": 90.0}),
+        LinkStep(at_s=9, changes={"rtt_ms": 1.0}),
+    )
+
+    async def main() -> float:
+        begun_s = asyncio.get_running_loop().time()
+        done = await bed(fake).generate({"mode": "x"}, 5.0, LinkStep.timeline(BASE, steps))
+        assert done.record == {"job": {"mode": "x"}, "timeout_s": 5.0}
+        assert done.link_counters == {"up": {"packets": 10, "bytes": 0, "drops": 0}}
+        assert [what for _, what in done.link_changes] == ["RTT 90 ms", "end of RTT 90 ms"]
+        for (at_s, _), asked_s in zip(done.link_changes, (0.05, 0.15), strict=True):
+            assert asked_s <= at_s < asked_s + 0.08
+        return begun_s
+
+    begun_s = asyncio.run(main())
+    assert [p.rtt_ms for _, p in fake.applied] == [90, 20, 20]
+    assert fake.applied[-1][0] - begun_s >= 0.25
+
+
+def test_the_link_is_put_back_when_the_generation_fails() -> None:
+    fake = FakeTestbed()
+    fake.lasts_s = 0.05
+    fake.fails = NodeError("timeout", "not finished")
+    timeline = LinkStep.timeline(BASE, (LinkStep(at_s=0.0, changes={"rtt_ms": 90.0}),))
+    with pytest.raises(CellFailed, match="not finished") as caught:
+        asyncio.run(bed(fake).generate({}, 1.0, timeline))
+    assert caught.value.status == "timeout"
+    assert fake.profile == BASE
+
+
+def test_without_a_timeline_nothing_is_applied() -> None:
+    fake = FakeTestbed()
+    assert asyncio.run(bed(fake).generate({}, 1.0, [])).link_changes == []
+    assert fake.applied == []
+
+
+def test_a_calibration_that_fails_is_the_generation_s_not_the_sweep_s() -> None:
+    fake = FakeTestbed()
+    fake.fails = NodeError("gone", "no connection")
+    with pytest.raises(CellFailed, match="no connection"):
+        asyncio.run(bed(fake).calibrate(BASE))
