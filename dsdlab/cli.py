@@ -322,6 +322,16 @@ def distill(config: Path | None, out: Path, resume: bool, prompts: tuple[str, ..
 
 
 @main.command()
+@click.option("--results", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
+def clean(results: Path) -> None:
+    """Take away what a killed sweep may have left on this host; results stay."""
+    from testbed.clean import clean as take_away
+
+    removed = guarded(lambda: take_away(results))
+    click.echo("\n".join(f"removed {thing}" for thing in removed) or "nothing to clean")
+
+
+@main.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option(
     "--selftest/--no-selftest", default=True, help="Prove the engine's exactness on this processor."

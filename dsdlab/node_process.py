@@ -338,11 +338,19 @@ async def _read_control(reader: asyncio.StreamReader, messages: asyncio.Queue[di
 
 
 async def _answer_control(messages: asyncio.Queue[dict[str, Any]], answer: Control) -> None:
-    """Answer one message after the other, for ever."""
-    while True:
-        reply = await answer(await messages.get())
-        if reply is not None:
-            _print_line(reply)
+    """Answer one message after the other, for ever; probes, which the node knows nothing of, beside them."""
+
+    async def reply(message: dict[str, Any]) -> None:
+        if (line := await answer(message)) is not None:
+            _print_line(line)
+
+    async with asyncio.TaskGroup() as probes:
+        while True:
+            message = await messages.get()
+            if message.get("op") == "probe":
+                probes.create_task(reply(message))
+            else:
+                await reply(message)
 
 
 def _print_line(message: dict[str, Any]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +27,7 @@ from rich.progress import (
 
 from dsdlab.models.loading import load_tokenizer
 from dsdlab.scenario import Cell, Scenario, ScenarioError, load_scenario
-from dsdlab.sim.profile import LinkProfile
+from dsdlab.sim.profile import LinkProfile, LinkStep
 from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs, remaining
 from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references
@@ -35,8 +36,13 @@ from dsdlab.sweep.runner import describe_steps, run_jobs
 from dsdlab.sweep.stats import Summary, summarise, summary_json
 from dsdlab.sweep.store import Store, StoreError, read_json, read_rows, write_json
 from dsdlab.sweep.workload import encode_prompt, load_prompts
-from testbed.controller import CpuSplit, Testbed
+from testbed.clean import RUN_FOLDER
+from testbed.controller import CpuSplit, NodeLimits, Testbed
+from testbed.host import choose, host_turn
 from testbed.lab import make_lab
+from testbed.links.base import LinkError
+from testbed.links.netem import DIRECTIONS
+from testbed.links.qdisc import netem_arguments
 from testbed.sweepbed import SweepBed
 
 REPORT = "report.html"
@@ -62,6 +68,14 @@ class SweepResult:
 def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple[Scenario, str, list[Job]]:
     """Scenario, its text and every generation in order. Raises ScenarioError or ModelError."""
     scenario, text = load_scenario(path, overrides)
+    choice = choose(scenario.run.runtime, scenario.run.link)
+    if "auto" in (scenario.run.runtime, scenario.run.link):
+        scenario = scenario.resolved(choice.runtime, choice.link)
+        why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
+        console.print(
+            f"runs use: {choice.runtime} runtime, {choice.link} link{why}", highlight=False, markup=False
+        )
+    _check_links(scenario)
     prompts = load_prompts(scenario.workload, path)
     if not scenario.models.target.startswith("emulated:"):
         console.print(f"target [bold]{scenario.models.target}[/], drafter {scenario.models.drafter}")
@@ -76,6 +90,20 @@ def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple
                 f"ones the context of {scenario.models.max_context} allows {max(limit, 0)}"
             )
     return scenario, text, plan_jobs(scenario, prompts, ids)
+
+
+def _check_links(scenario: Scenario) -> None:
+    """Raises ScenarioError where netem cannot make one of the links, before anything is started."""
+    if not scenario.run.link.startswith("netem"):
+        return
+    for cell in scenario.cells():
+        base = scenario.profile_of(cell)
+        for profile in (base, *(p for _, p, _ in LinkStep.timeline(base, scenario.steps))):
+            try:
+                for way in DIRECTIONS:
+                    netem_arguments(profile, way)
+            except LinkError as e:
+                raise ScenarioError(f"link {scenario.run.link}: {e}") from None
 
 
 def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Console) -> None:
@@ -164,7 +192,8 @@ async def _measure(
 ) -> None:
     """References, then the bed, then every generation that is missing."""
     folder = store.folder
-    with ExitStack() as stack:
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(host_turn(lambda text: console.print(text, highlight=False)))
         progress = stack.enter_context(_progress(console))
         cpus = CpuSplit.default()
         task = progress.add_task("the target alone", total=None)
@@ -191,6 +220,8 @@ async def _measure(
             link=scenario.run.link,
             seed=scenario.run.seed,
             cpus=cpus,
+            edge_limits=NodeLimits(scenario.nodes.edge_cpu_quota, scenario.nodes.edge_memory_mb),
+            cloud_limits=NodeLimits(scenario.nodes.cloud_cpu_quota, scenario.nodes.cloud_memory_mb),
             edge_target="edge-sd" in scenario.grid.mode,
             node_args=("--max-context", str(scenario.models.max_context)),
         )
@@ -287,7 +318,7 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
     from testbed.runtimes.base import NodeSpec
 
     request_of([1], choice)  # refuses bad options before anything is started
-    run_dir = Path(tempfile.mkdtemp(prefix="dsdlab-run-"))
+    run_dir = Path(tempfile.mkdtemp(prefix=f"{RUN_FOLDER}{os.getpid()}-"))
     lab = make_lab("process", "modelled")
     runtime, link = lab.runtime, lab.links[0]
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -18,8 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from testbed.links.base import percentile
+from testbed.links.uml import uml_problem
 
-__all__ = ["Finding", "Status", "probe_host"]
+__all__ = ["Finding", "Status", "namespaces", "netem", "probe_host"]
 
 Status = Literal["ok", "missing", "info"]
 COMMAND_TIMEOUT_S = 1.0
@@ -137,7 +139,7 @@ def _kernel() -> Finding:
     return Finding("kernel", "info", f"{platform.system()} {platform.release()} ({platform.machine()})")
 
 
-def _netem() -> Finding:
+def netem() -> Finding:
     """Builtin, loaded, loadable; or, when the module tools say nothing, tried in a throw-away namespace."""
     name, how = "sch_netem", "a kernel with sch_netem, or link netem-uml: apt install user-mode-linux"
     release = platform.release()
@@ -179,28 +181,33 @@ def _tool(program: str, package: str, what: str) -> Callable[[], Finding]:
     return probe
 
 
-def _namespaces() -> Finding:
-    """A child tries to enter new user and network namespaces, and ends with them."""
-    name = "user namespaces"
+def namespaces() -> Finding:
+    """A child tries to enter a new network namespace, as a user in a user namespace, and ends with it."""
+    name = "namespaces"
     if not hasattr(os, "fork") or platform.system() != "Linux":
         return Finding(name, "missing", "Linux only", "use runtime process, or docker")
+    flags = CLONE_NEWNET if os.geteuid() == 0 else CLONE_NEWUSER | CLONE_NEWNET
     code = (
         "import ctypes,sys;l=ctypes.CDLL(None,use_errno=True);"
-        f"sys.exit(ctypes.get_errno() if l.unshare({CLONE_NEWUSER | CLONE_NEWNET}) else 0)"
+        f"sys.exit(ctypes.get_errno() if l.unshare({flags}) else 0)"
     )
     status, _ = _run(sys.executable, "-I", "-S", "-c", code)
     if status == 0:
-        return Finding(name, "ok", "user and network namespaces can be made")
+        who = "as root" if os.geteuid() == 0 else "in a user namespace, without root"
+        return Finding(name, "ok", f"network namespaces can be made ({who}): runtime netns")
     how = "sysctl -w kernel.unprivileged_userns_clone=1 (or kernel.apparmor_restrict_unprivileged_userns=0)"
     return Finding(name, "missing", f"refused: {os.strerror(status)}", how)
 
 
 def _docker() -> Finding:
-    client = _which("docker")
-    host = os.environ.get("DOCKER_HOST", "unix:///var/run/docker.sock")
-    if not host.startswith("unix://"):
-        return Finding("docker", "info", f"client {client or 'missing'}; daemon at {host} (not tried)")
-    path = host.removeprefix("unix://")
+    """Asks the engine through its socket, in a second at most."""
+    from testbed.engine import START, socket_path
+    from testbed.runtimes.base import RuntimeFailed
+
+    try:
+        path = str(socket_path())
+    except RuntimeFailed as error:
+        return Finding("docker", "missing", str(error), "unset DOCKER_HOST")
     try:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.settimeout(0.5)
@@ -208,22 +215,36 @@ def _docker() -> Finding:
             sock.sendall(b"GET /version HTTP/1.0\r\nHost: docker\r\n\r\n")
             answer = sock.recv(64)
         if answer.startswith(b"HTTP/"):
-            return Finding("docker", "ok", f"daemon answers at {path}; client {client or 'missing'}")
+            return Finding("docker", "ok", f"engine answers at {path}")
         reason = "answers no HTTP"
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-    how = "dockerd & (as root)" if _which("dockerd") else "apt install docker.io && dockerd &"
-    if reason == "permission denied":
-        how = "usermod -aG docker $USER, and log in again"
-    return Finding("docker", "missing", f"daemon at {path}: {reason}; client {client or 'missing'}", how)
+    how = "sudo usermod -aG docker $USER, and log in again" if reason == "permission denied" else START
+    return Finding("docker", "missing", f"engine at {path}: {reason}", how)
+
+
+def _image() -> Finding:
+    from testbed.engine import connect
+    from testbed.image import image_name, image_problem
+    from testbed.runtimes.base import RuntimeFailed
+
+    try:
+        client = connect(timeout_s=COMMAND_TIMEOUT_S)
+    except RuntimeFailed:
+        return Finding("image", "missing", "no engine to ask", "make image")
+    with contextlib.closing(client):
+        problem = image_problem(client)
+    if problem:
+        return Finding("image", "missing", problem, "make image")
+    return Finding("image", "ok", f"{image_name()} is there and up to date")
 
 
 def _uml() -> Finding:
-    path = _which("linux.uml")
-    if path is None:
-        how = "apt install user-mode-linux"
-        return Finding("user-mode-linux", "missing", "no linux.uml (router for link netem-uml)", how)
-    return Finding("user-mode-linux", "ok", path)
+    problem = uml_problem()
+    if problem:
+        detail, _, how = problem.rpartition(" (")
+        return Finding("user-mode-linux", "missing", f"{detail} (router for link netem-uml)", how.rstrip(")"))
+    return Finding("user-mode-linux", "ok", f"{_which('linux.uml')}, with sch_netem: link netem-uml")
 
 
 def _chromium() -> Finding:
@@ -302,9 +323,10 @@ def probe_host(folders: list[Path] | None = None) -> list[Finding]:
         _tool("ip", "iproute2", "network namespaces"),
         _tool("tc", "iproute2", "shaping with netem"),
         _tool("ethtool", "ethtool", "switching offloads off"),
-        _netem,
-        _namespaces,
+        netem,
+        namespaces,
         _docker,
+        _image,
         _uml,
         _congestion,
         _chromium,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import Any
 
 import click
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.table import Table
 from dsdlab.models.base import ModelError
 from dsdlab.models.zoo import ZOO, cache_dir
 from testbed.doctor import Finding, probe_host
+from testbed.host import choose
 
 _STYLE = {"ok": "green", "missing": "yellow", "info": "dim"}
 
@@ -48,9 +48,10 @@ def show(as_json: bool, selftest: bool) -> int:
         except ModelError as e:
             finding = Finding("exactness", "missing", str(e))
         findings.append(finding)
-    choice: dict[str, Any] = {"runtime": "process", "link": "modelled"}
+    choice = choose("auto", "auto")
     if as_json:
-        click.echo(json.dumps({"findings": [asdict(f) for f in findings], "choice": choice, "exact": exact}))
+        facts = {"findings": [asdict(f) for f in findings], "choice": asdict(choice), "exact": exact}
+        click.echo(json.dumps(facts))
         return 0 if exact else 1
     table = Table(show_header=False, box=None, pad_edge=False)
     for f in findings:
@@ -58,5 +59,7 @@ def show(as_json: bool, selftest: bool) -> int:
         table.add_row(f"[{_STYLE[f.status]}]{f.status}[/]", f"[bold]{f.name}[/]", f"{f.detail}{how}")
     console = Console()
     console.print(table)
-    console.print("runs use: process runtime, modelled link")
+    console.print(f"auto is: [bold]{choice.runtime}[/] runtime, [bold]{choice.link}[/] link", highlight=False)
+    for reason in choice.reasons:
+        console.print(f"  {reason}", highlight=False, markup=False)
     return 0 if exact else 1

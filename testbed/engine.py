@@ -14,7 +14,7 @@ from testbed.runtimes.base import RuntimeFailed
 if TYPE_CHECKING:
     from docker import DockerClient
 
-__all__ = ["connect", "one_line", "socket_path"]
+__all__ = ["START", "connect", "one_line", "socket_path"]
 
 START = "scripts/docker.sh start"
 
@@ -57,5 +57,8 @@ def _why(path: Path, error: OSError) -> str:
 
 def one_line(error: BaseException) -> str:
     """What the engine said, without HTTP's words around it."""
-    text = getattr(error, "explanation", None) or str(error) or type(error).__name__
+    explanation = getattr(error, "explanation", None)
+    if explanation is None and isinstance(error, OSError) and error.errno is None:
+        return "the engine does not answer"  # the client library's words for it are long
+    text = explanation or str(error) or type(error).__name__
     return " ".join(str(text).split()).strip('"')

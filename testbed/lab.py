@@ -39,6 +39,11 @@ class Lab:
         if self.fabric is not None:
             await self.fabric.start(run_dir)
 
+    @property
+    def alive(self) -> bool:
+        """Whether the links are there."""
+        return all(link.alive for link in self.links) and (self.fabric is None or self.fabric.alive)
+
     async def stop(self) -> None:
         """Everything, nodes first; idempotent."""
         await asyncio.gather(self.runtime.stop(), *(link.stop() for link in self.links))

@@ -36,7 +36,8 @@ class Ledger:
 
     def _append(self, event: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"run": self.run_id, **event}) + "\n")
+            owner = [os.getpid(), process_start(os.getpid())]
+            file.write(json.dumps({"run": self.run_id, "owner": owner, **event}) + "\n")
 
     def made(self, kind: str, ident: str | int, **facts: Any) -> None:
         """Write an object down."""
@@ -61,6 +62,15 @@ class Ledger:
                 else:
                     objects.pop((event.get("gone"), ident), None)
         return list(reversed(objects.values()))
+
+    def owner_alive(self) -> bool:
+        """Whether the controller that wrote last still lives."""
+        owner: tuple[int, int] | None = None
+        with contextlib.suppress(FileNotFoundError):
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    owner = tuple(json.loads(line)["owner"])
+        return owner is not None and process_start(owner[0]) == owner[1]
 
     def reap_processes(self) -> list[int]:
         """Kill the processes of this ledger that still live; their ids."""

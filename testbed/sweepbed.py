@@ -8,16 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsdlab.sim.profile import LinkProfile, TcpRegime
-from dsdlab.sweep.calibration import LinkMeasure, judge
+from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.runner import CellFailed, Generation
 from testbed.control import NodeError
 from testbed.controller import Testbed
-from testbed.links.base import percentile
-
-PING_TIMEOUT_S = 60.0
-PINGS = (3, 4, 8)
-"""Pings of a calibration. The later ones are sent only while the median of all so far contradicts the
-profile: a busy processor or a lost packet makes a few of them late, a wrong link most of them."""
+from testbed.links.base import LinkError
+from testbed.runtimes.base import RuntimeFailed
 
 
 class SweepBed:
@@ -25,37 +21,41 @@ class SweepBed:
 
     def __init__(self, testbed: Testbed) -> None:
         self._testbed = testbed
+        self._early: asyncio.Task[LinkMeasure] | None = None  # a calibration under way
 
     async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
-        if tcp.congestion != "auto" or not tcp.slow_start_after_idle or not tcp.nodelay:
-            raise CellFailed("failed", f"TCP regime {tcp.label!r}: the nodes share the host's TCP here")
-        await self._testbed.set_link(profile)
-        return {}
+        """The link, the TCP, a fresh connection under both; while it is made, packets measure the link."""
+        bed = self._testbed
+        if self._early is not None:
+            self._early.cancel()
+        try:
+            await bed.set_link(profile)
+            if tcp != bed.tcp:
+                await bed.set_tcp(tcp)
+            elif not bed.lab.boxes:
+                return {}
+            self._early = asyncio.create_task(bed.calibrate(profile)) if bed.lab.boxes else None
+            return {"edge": await bed.reconnect(), **await bed.tcp_state()}
+        except (NodeError, TimeoutError) as e:
+            raise CellFailed(_status(e), str(e)) from None
+        except (LinkError, RuntimeFailed) as e:
+            if not bed.lab.alive:
+                raise
+            raise CellFailed("failed", str(e)) from None
 
     async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
-        begun_s = asyncio.get_running_loop().time()
-        rtts_ms: list[float] = []
-        for n in PINGS:
-            try:
-                rtts_ms += await self._testbed.ping(n, PING_TIMEOUT_S)
-            except (NodeError, TimeoutError) as e:
-                raise CellFailed(_status(e), f"ping: {e}") from None
-            measure = LinkMeasure(
-                instrument="frames",
-                rtt_p50_ms=percentile(rtts_ms, 0.5),
-                rtt_p99_ms=percentile(rtts_ms, 0.99),
-                n=len(rtts_ms),
-                wall_s=asyncio.get_running_loop().time() - begun_s,
-            )
-            if not judge(profile, measure):
-                break
-        return measure
+        early, self._early = self._early, None
+        try:
+            return await (early or self._testbed.calibrate(profile))
+        except (NodeError, TimeoutError) as e:
+            raise CellFailed(_status(e), f"calibration: {e}") from None
 
     async def generate(
         self, job: dict[str, Any], timeout_s: float, timeline: Sequence[tuple[float, LinkProfile, str]]
     ) -> Generation:
         base = self._testbed.profile
         changes: list[tuple[float, str]] = []
+        before = await self._testbed.counters()
         steps = asyncio.create_task(self._play(timeline, changes))
         try:
             record = await self._testbed.generate(job, timeout_s)
@@ -67,7 +67,13 @@ class SweepBed:
                 await steps
             if timeline:
                 await self._testbed.set_link(base)
-        return Generation(record=record, link_changes=changes)
+        return Generation(record=record, link_changes=changes, link_counters=await self._counted(before))
+
+    async def _counted(self, before: dict[str, Any]) -> dict[str, Any]:
+        """What went through the link since `before`."""
+        after = await self._testbed.counters()
+        names = ("packets", "bytes", "drops")
+        return {way: {n: after[way][n] - before[way][n] for n in names} for way in before}
 
     async def _play(
         self, timeline: Sequence[tuple[float, LinkProfile, str]], changes: list[tuple[float, str]]

@@ -58,9 +58,10 @@ def test_a_bare_host_misses_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     """No programs, no Docker socket, no /proc/sys: findings, not exceptions."""
     monkeypatch.setattr(doctor, "_which", lambda _: None)
     monkeypatch.setattr(doctor, "SYSCTLS", tmp_path)
+    monkeypatch.setattr("testbed.links.uml.KERNEL", "no-such-kernel")
     monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
     found: dict[str, Finding] = {f.name: f for f in probe_host([tmp_path])}
-    for name in ("ip", "tc", "docker", "user-mode-linux", "chromium"):
+    for name in ("ip", "tc", "docker", "image", "user-mode-linux", "chromium"):
         assert found[name].status == "missing"
     assert found["tc"].how == "apt install iproute2"
     assert found["congestion control"].detail == "unknown"
