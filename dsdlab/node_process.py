@@ -192,7 +192,7 @@ async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target
 
 async def _probe(url: str, token: str, message: dict[str, Any]) -> dict[str, Any]:
     """Measure the path to the verifier; an answer line without its id."""
-    names = ("n", "gap_s", "rtt_s", "train_up", "train_down", "train_s")
+    names = ("n", "gap_s", "rtt_s", "train_up", "train_down", "train_s", "late_s")
     try:
         return {
             "op": "probed",
@@ -262,8 +262,7 @@ async def _answer(node: DrafterNode, message: dict[str, Any]) -> dict[str, Any]:
                     rtt_s = await node.ping(int(message.get("n", 8)))
                     return reply | {"op": "pong", "rtt_ms": [1e3 * t for t in rtt_s]}
                 case "reconnect":
-                    await node.disconnect()
-                    await node.connect()
+                    await node.renew()
                     return reply | {"op": "reconnected"}
                 case "generate":
                     record = await node.generate(request_from(message))

@@ -25,6 +25,7 @@ import statistics
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -175,7 +176,7 @@ class _Prober:
         self.sent_ns: dict[int, int] = {}
         self.turned_ns: dict[int, tuple[int, int]] = {}  # when the reflector got a probe, and let it go
         self.back_ns: dict[int, int] = {}  # in order of arrival
-        self.report: tuple[int, int, set[int]] | None = None
+        self.report: tuple[int, int, set[int]] | None = None  # bytes and ns of the train, seqs that came
         self.train: list[tuple[int, int]] = []  # (arrival in ns, bytes)
 
     def close(self) -> None:
@@ -207,19 +208,20 @@ class _Prober:
             elif kind == TRAIN and _PROBE.unpack_from(body)[0] == self._ident:
                 self.train.append((arrival_ns, len(data) + FRAME_BYTES))
 
-    def _listen(self, until_s: float, enough: Any = lambda: False) -> None:
+    def _listen(self, until_s: float, enough: Callable[[], bool] = lambda: False) -> None:
         while not enough() and (left_s := until_s - time.monotonic()) > 0:
             if select.select([self._socket], (), (), left_s)[0]:
                 self._take()
 
-    def probes(self, n: int, gap_s: float, patience_s: float) -> None:
-        """Send `n` probes `gap_s` apart, and wait for the late ones."""
+    def probes(self, n: int, gap_s: float, rtt_s: float, late_s: float) -> None:
+        """Send `n` probes `gap_s` apart, and wait for the report behind them, which comes last."""
         start_s = time.monotonic()
         for seq in range(n):
             self._listen(start_s + seq * gap_s)
             self.sent_ns[seq] = time.time_ns()
             self._send(PROBE, _PROBE.pack(seq, self._ident), PROBE_BYTES)
-        self._listen(time.monotonic() + patience_s, lambda: len(self.rtts_ns) == n)
+        self.ask_report(rtt_s, lambda: len(self.rtts_ns) == n)
+        self._listen(time.monotonic() + late_s, lambda: len(self.rtts_ns) == n)
 
     def train_up(self, packets: int) -> None:
         for _ in range(packets):
@@ -233,12 +235,15 @@ class _Prober:
             if len(self.train) > 1:
                 return
 
-    def ask_report(self, rtt_s: float) -> None:
-        """The reflector's view; asked again until it comes, since packets get lost."""
+    def ask_report(self, rtt_s: float, enough: Callable[[], bool] = lambda: False) -> None:
+        """The reflector's view; asked again until it comes, since packets get lost, or there is enough."""
+        self.report = None
         end_s = time.monotonic() + ASK_FOR_S + rtt_s
-        while self.report is None and time.monotonic() < end_s:
+        while self.report is None and not enough() and time.monotonic() < end_s:
             self._send(REPORT_ASK, _PROBE.pack(self._ident, 0))
-            self._listen(time.monotonic() + ASK_AGAIN_S + 1.5 * rtt_s, lambda: self.report is not None)
+            self._listen(
+                time.monotonic() + ASK_AGAIN_S + 1.5 * rtt_s, lambda: self.report is not None or enough()
+            )
 
 
 def measure(
@@ -252,6 +257,7 @@ def measure(
     train_up: int = 0,
     train_down: int = 0,
     train_s: float = 0.0,
+    late_s: float = 0.0,
 ) -> dict[str, Any]:
     """Measure the path to a `Reflector`; a `dsdlab.sweep.calibration.LinkMeasure` as a plain dict.
 
@@ -259,6 +265,7 @@ def measure(
     rtt_s: round trip to be expected, for how long to wait for what may be lost.
     train_up, train_down: full packets back to back, 0 (no rate is measured) or 2 to 400.
     train_s: how long a train may take at the expected rate.
+    late_s: how long to wait, where packets overtake each other, for the last ones behind the report.
 
     Blocking. Raises ProbeError when nothing came back at all, not even the report, within some seconds.
     """
@@ -269,14 +276,14 @@ def measure(
     start_s = time.monotonic()
     prober = _Prober(host, port, token)
     try:
-        prober.probes(n, gap_s, patience_s=1.5 * rtt_s + 0.1)
+        prober.probes(n, gap_s, rtt_s, late_s)
         if train_up:
             prober.train_up(train_up)
             if not train_down:
                 time.sleep(train_s + rtt_s)
         if train_down:  # the request queues behind the train up
             prober.train_down(train_down, 2.0 * train_s + 1.5 * rtt_s + 0.1)
-        if train_up or len(prober.rtts_ns) < n:
+        if train_up:
             prober.ask_report(rtt_s)
     finally:
         prober.close()

@@ -44,6 +44,7 @@ def probe_plan(profile: LinkProfile, n: int | None = None) -> dict[str, Any]:
         "train_up": trains["up"][0],
         "train_down": trains["down"][0],
         "train_s": slowest_s,
+        "late_s": 1.5 * profile.rtt_ms / 1e3 if profile.reorder_pct else 0.0,
     }
 
 

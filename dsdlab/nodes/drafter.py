@@ -131,6 +131,7 @@ class DrafterNode:
         self._patience_s = patience_s
         self._node_id = new_node_id()
         self._channel: Channel | None = None
+        self._goodbye: asyncio.Task[None] | None = None  # of a connection that `renew` gave up
         self._last_session = 0
         self._nonces = count()  # never used again: a late Pong must not pass for a new one's
         self.welcome: Welcome | None = None
@@ -159,6 +160,13 @@ class DrafterNode:
         channel, self._channel = self._channel, None
         if channel is not None:
             await channel.close()
+
+    async def renew(self) -> Channel:
+        """A fresh connection; the old one says goodbye meanwhile. Raises what `connect` raises."""
+        old, self._channel = self._channel, None
+        if old is not None:
+            self._goodbye = asyncio.get_running_loop().create_task(old.close())
+        return await self.connect()
 
     async def _reconnect(self) -> None:
         """Dial until somebody answers, for `patience_s` at most."""

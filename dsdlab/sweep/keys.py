@@ -50,9 +50,14 @@ class Condition(NamedTuple):
     def label(self) -> str:
         """For people: "greedy, unlimited rate, 1 % loss, bursts of 4"."""
         heat = "greedy" if self.temperature == 0 else f"temperature {self.temperature:g}"
+        return f"{heat}, {self.network}"
+
+    @property
+    def network(self) -> str:
+        """The label without the temperature: "unlimited rate, 1 % loss, bursts of 4"."""
         rate = "unlimited rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
         loss = "no loss" if self.loss_pct == 0 else f"{self.loss_pct:g} % loss"
-        return f"{heat}, {rate}, {loss}" + (f", {self.extra}" if self.extra else "")
+        return f"{rate}, {loss}" + (f", {self.extra}" if self.extra else "")
 
     @property
     def order(self) -> tuple[str, str, float, float, float, str]:
@@ -76,8 +81,17 @@ def condition_of(row: Row) -> Condition:
 
 def extra_of(row: Row) -> str:
     """What `Condition.extra` says of a row."""
+    asked = row.link_asked
     words = [f"jitter {row.jitter_ms:g} ms"] if row.jitter_ms else []
     words += [f"bursts of {row.loss_burst:g}"] if row.loss_burst != 1.0 else []
+    for way in ("up", "down"):  # a direction's own rate; the condition's is the grid's
+        rate = asked.get(f"rate_{way}_mbit", row.rate_mbit)
+        if rate != row.rate_mbit:
+            words.append(f"{way} unlimited" if rate is None else f"{way} {rate:g} Mbit/s")
+    share = asked.get("up_fraction", 0.5)
+    words += [f"{100 * share:g} % of the RTT up"] if share != 0.5 else []
+    words += [f"{asked['reorder_pct']:g} % reordered"] if asked.get("reorder_pct") else []
+    words += [f"buffer {asked['buffer_bytes']:,} bytes"] if asked.get("buffer_bytes") else []
     words += [text for text in (row.tcp_asked.label, row.link_steps) if text]
     return ", ".join(words)
 
