@@ -172,7 +172,8 @@ async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target
     """A drafter node under control. Raises ModelError or ConnectFailed."""
     sockets = Sockets()
     async with drafter_node(options, url, edge_target=edge_target, sockets=sockets) as (node, drafter):
-        welcome = (await _connected(node)).welcome
+        await node.reconnect()  # with patience: the verifier may still be loading its model
+        welcome = node.welcome
         info = {
             "drafter": drafter.name if drafter else None,
             "target": welcome.target if welcome else options.target,
@@ -208,11 +209,6 @@ async def probe_url(url: str, token: str, plan: dict[str, Any]) -> dict[str, Any
     if not parts.hostname:
         raise ProbeError(f"{url} names no host (allowed: ws://HOST:PORT/)")
     return await asyncio.to_thread(measure, parts.hostname, parts.port or 80, token, **plan)
-
-
-async def _connected(node: DrafterNode) -> DrafterNode:
-    await node.connect()
-    return node
 
 
 @contextlib.asynccontextmanager

@@ -169,7 +169,7 @@ class Fabric:
         """Run commands in the fabric, or in a node's namespace; their outputs. Raises LinkError."""
         if self._child is None:
             raise LinkError("fabric: not started")
-        prefix = [] if node is None else ["nsenter", f"--net=/proc/{self._pids[node]}/ns/net", "--"]
+        prefix = [] if node is None else ["nsenter", f"--net=/proc/{self._node_pid(node)}/ns/net", "--"]
         request = {"op": "run", "commands": [[*prefix, *c] for c in commands], "input": text}
         try:
             answer = await self._child.control.request(request, REQUEST_TIMEOUT_S)
@@ -182,6 +182,17 @@ class Fabric:
             raise LinkError(str(error)) from error
         outputs: list[str] = answer["outputs"]
         return outputs
+
+    def _node_pid(self, node: str) -> int:
+        if node not in self._pids:
+            raise LinkError(f"fabric: {node} is not wired (nodes: {', '.join(self._pids) or 'none'})")
+        return self._pids[node]
+
+    def enter(self, node: str) -> list[str]:
+        """The beginning of a command line that runs a program in a node's namespace. Raises LinkError."""
+        pid = self._node_pid(node)
+        user = ["--user", "--preserve-credentials"] if self.rootless else []
+        return ["nsenter", f"--target={pid}", *user, "--net", "--"]
 
     async def batch(self, tool: str, lines: Sequence[str], node: str | None = None) -> None:
         """Many commands of `ip` or `tc` in one process. Raises LinkError."""

@@ -168,7 +168,7 @@ class DrafterNode:
             self._goodbye = asyncio.get_running_loop().create_task(old.close())
         return await self.connect()
 
-    async def _reconnect(self) -> None:
+    async def reconnect(self) -> None:
         """Dial until somebody answers, for `patience_s` at most."""
         await self.disconnect()
         loop = asyncio.get_running_loop()
@@ -248,7 +248,7 @@ class DrafterNode:
                 log.info("session=%d lost its connection: %s", run.session, e)
                 run.record.reconnects += 1
                 run.epoch += 1
-                await self._reconnect()
+                await self.reconnect()
             except Gap as e:  # no ordered connection does this: ask again for what is missing
                 log.warning("session=%d has a gap: %s", run.session, e)
                 run.gaps += 1
@@ -257,7 +257,7 @@ class DrafterNode:
                     raise ProtocolError("bad-frame", str(e)) from None
                 run.record.reconnects += 1
                 run.epoch += 1
-                await self._reconnect()
+                await self.reconnect()
             except GenerationFailed as e:
                 if e.code != "unknown-session" or run.reopened >= MAX_REOPENED:
                     raise

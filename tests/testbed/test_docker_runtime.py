@@ -17,6 +17,7 @@ import pytest
 from bed_tools import HERE, run
 from docker_tools import containers, engine_or_skip, runtime_in, unique_run_id
 
+from testbed.image import image_name
 from testbed.ledger import process_start
 from testbed.links.base import LinkError
 from testbed.runtimes.base import NodeDied, NodeError, NodeSpec, RuntimeFailed
@@ -246,7 +247,7 @@ def test_wiring_that_fails_and_a_name_that_is_taken(tmp_path: Path, run_id: str,
                 await runtime.start_node(spec())
             assert containers(engine, run_id) == []
             name = f"dsdlab-{run_id}-other"
-            engine.api.create_container("dsdlab-node", ["true"], name=name)
+            engine.api.create_container(image_name(), ["true"], name=name)
             try:
                 with pytest.raises(RuntimeFailed, match=f"there is a container {name} already: docker rm"):
                     await runtime.start_node(spec(name="other"))
@@ -326,7 +327,7 @@ def test_only_containers_of_dead_owners_are_reaped(run_id: str, engine: Any) -> 
     for name, owner in owners.items():
         labels = {"dsdlab.run": run_id, "dsdlab.owner": owner}
         full = f"dsdlab-{run_id}-{name}"
-        made[full] = engine.api.create_container("dsdlab-node", ["true"], name=full, labels=labels)["Id"]
+        made[full] = engine.api.create_container(image_name(), ["true"], name=full, labels=labels)["Id"]
     try:
         reaped = [name for name in reap_containers(engine) if name in made]
         assert sorted(reaped) == [f"dsdlab-{run_id}-other-{what}" for what in ("boot", "start")]
