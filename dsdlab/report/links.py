@@ -120,13 +120,13 @@ class Tcp(NamedTuple):
     generations: int
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _leaves(value: Mapping[str, Any], where: str = "") -> Iterable[tuple[str, str, Any]]:
+    """(where, name, value) of everything in nested tables; `where` is the path to its table."""
     for key, inner in value.items():
-        name = f"{prefix}{key}"
         if isinstance(inner, Mapping):
-            yield from _leaves(inner, f"{name}: ")
+            yield from _leaves(inner, f"{where} {key}".strip())
         else:
-            yield name, inner
+            yield where, key, inner
 
 
 def _text(value: Any) -> str:
@@ -141,7 +141,7 @@ def _spread(values: Sequence[Any]) -> str:
     """One text for what many generations read back: a value, a range of numbers, or all the words."""
     if all(isinstance(v, int | float) and not isinstance(v, bool) for v in values):
         low, high = min(values), max(values)
-        return _text(low) if low == high else f"{low:g}–{high:g}"
+        return _text(low) if low == high else f"{low:.4g}–{high:.4g}"
     return " or ".join(dict.fromkeys(map(_text, values)))
 
 
@@ -154,11 +154,14 @@ def tcp_table(rows: Sequence[Row]) -> list[Tcp]:
     table = []
     for members in groups.values():
         asked = members[0].tcp_asked
-        found: dict[str, list[Any]] = {}
+        found: dict[tuple[str, str], list[Any]] = {}
         for row in members:
             back = row.tcp.get("read_back")
-            for name, value in _leaves(back if isinstance(back, Mapping) else {}):
-                found.setdefault(name, []).append(value)
+            for where, name, value in _leaves(back if isinstance(back, Mapping) else {}):
+                found.setdefault((where, name), []).append(value)
+        said: dict[str, list[str]] = {}
+        for (where, name), values in found.items():
+            said.setdefault(where, []).append(f"{name.replace('_', ' ')} {_spread(values)}")
         table.append(
             Tcp(
                 asked=[
@@ -168,7 +171,8 @@ def tcp_table(rows: Sequence[Row]) -> list[Tcp]:
                     f"NODELAY {_text(asked.nodelay)}",
                 ],
                 read_back=[
-                    f"{name.replace('_', ' ')} {_spread(values)}" for name, values in found.items() if values
+                    f"{where}: {', '.join(words)}" if where else ", ".join(words)
+                    for where, words in said.items()
                 ],
                 generations=len(members),
             )

@@ -1,4 +1,4 @@
-"""The figures of the report as SVG: curves over RTT, and timelines of single generations."""
+"""The curves over RTT of the report, as SVG."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from markupsafe import Markup
 
 from dsdlab.report.svg import Scale, element, marker, mode_class, number, path, spread, text
-from dsdlab.sweep.rows import Row
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -223,111 +222,4 @@ def key_symbol(mode: str, rank: int) -> Markup:
         viewBox="0 0 32 16",
         class_=f"key {mode_class(mode)}",
         aria_hidden="true",
-    )
-
-
-LANE_KINDS = {"draft": "edge", "verify": "cloud", "decode": "cloud"}
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """Tokens that reached the user at `t_s`."""
-
-    t_s: float
-    tokens: int
-
-
-def lane_of(kind: str, mode: str) -> str:
-    """Where an event happens: "edge", "cloud", "up", "down"; "" for a kind this version does not know."""
-    if kind in ("flight_up", "flight_down"):
-        return kind.removeprefix("flight_")
-    lane = LANE_KINDS.get(kind, "")
-    if lane and mode in ("cloud-ar", "cloud-sd"):
-        return "cloud"
-    return "edge" if lane and mode == "edge-sd" else lane
-
-
-def arrivals(row: Row) -> list[Arrival]:
-    """When how many tokens arrived, from events and windows; empty where the two do not match."""
-    ends = [t1 for kind, _, t1 in row.events if kind == "flight_down"]
-    if not ends:
-        ends = [t1 for kind, _, t1 in row.events if kind in ("verify", "decode")]
-    extra = len(ends) - len(row.windows)
-    if extra not in (0, 1):
-        return []
-    counts = [1] * extra + [accepted + 1 for _, accepted in row.windows]
-    return [Arrival(t, n) for t, n in zip(ends, counts, strict=True)]
-
-
-def span_s(rows: Sequence[Row], cycles: int = 6) -> float:
-    """A common time axis: long enough for the slowest row's first `cycles` answers, s."""
-    ends = []
-    for row in rows:
-        lane = sorted(t1 for kind, _, t1 in row.events if kind in ("verify", "decode", "flight_down"))
-        compute = [t for kind, _, t in row.events if kind in ("verify", "decode")]
-        if lane:
-            ends.append(compute[min(cycles, len(compute)) - 1] if compute else lane[-1])
-    return max(ends, default=0.0) * 1.02
-
-
-def timeline(row: Row, until_s: float, *, width: int, class_: str, axis: bool) -> Markup:
-    """Space-time diagram: edge above, cloud below, each flight a slanted line between them."""
-    height = 84 + (26 if axis else 0)
-    left, right = 46.0, float(width - 8)
-    x = Scale(0.0, until_s or 1.0, left, right)
-    edge, cloud, thick = 24.0, 66.0, 12.0  # y of lane centres, bar height
-    drawn: list[Markup] = []
-    for name, at in (("edge", edge), ("cloud", cloud)):
-        drawn.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="lane"))
-        drawn.append(text(left - 8, at + 4, name, "tick", "end"))
-    flights: list[Markup] = []
-    bars: list[Markup] = []
-    for kind, t0, t1 in row.events:
-        lane = lane_of(kind, row.mode)
-        if not lane or t0 >= until_s:
-            continue
-        if lane in ("up", "down"):
-            y0, y1 = edge + thick / 2, cloud - thick / 2
-            if lane == "down":
-                y0, y1 = y1, y0
-            share = min(1.0, (until_s - t0) / (t1 - t0)) if t1 > t0 else 1.0
-            line = path([(x(t0), y0), (x(min(t1, until_s)), y0 + share * (y1 - y0))])
-            flights.append(element("path", d=line, class_=f"flight {lane}"))
-            continue
-        start, end = x(t0), x(min(t1, until_s))
-        top = (edge if lane == "edge" else cloud) - thick / 2
-        ms = (t1 - t0) * 1e3
-        bars.append(
-            element(
-                "rect",
-                element("title", f"{kind}, {short(ms)} ms"),
-                x=start,
-                y=top,
-                width=max(end - start - 0.6, 0.8),
-                height=thick,
-                class_=f"do {kind}",
-            )
-        )
-    drawn += flights + bars
-    last = -math.inf
-    for arrival in arrivals(row):
-        at = x(arrival.t_s)
-        if arrival.t_s <= until_s:
-            drawn.append(element("circle", cx=at, cy=edge - 11, r=1.8, class_="arrived"))
-            if at - last >= 22:
-                drawn.append(text(at, edge - 15, f"+{arrival.tokens}", "tiny", "middle"))
-                last = at
-    if axis:
-        for value in x.ticks(6 if width > 500 else 4):
-            drawn.append(element("line", x1=x(value), x2=x(value), y1=84, y2=88, class_="axis"))
-            label = f"{value * 1e3:g}" + (" ms" if value == 0 else "")
-            drawn.append(text(x(value), 101, label, "tick", "middle"))
-        drawn.append(element("line", x1=left, x2=right, y1=84, y2=84, class_="axis"))
-    return element(
-        "svg",
-        element("title", f"timeline of {row.mode}"),
-        *drawn,
-        viewBox=f"0 0 {width} {height}",
-        class_=f"timeline {class_} {mode_class(row.mode)}",
-        role="img",
     )

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 
 from dsdlab import __version__
-from dsdlab.report import plots
+from dsdlab.report import plots, timeline
+from dsdlab.report.links import link_table, tcp_table
 from dsdlab.report.plots import Mark, Panel, Point, Series
 from dsdlab.report.svg import mode_class
 from dsdlab.sweep import stats
@@ -40,16 +41,6 @@ class Frame(NamedTuple):
     name: str
     per_token: float
     width: float  # percent of the widest row
-
-
-class Link(NamedTuple):
-    link: str
-    runtime: str
-    rtt_ms: float
-    rate_mbit: float | None
-    loss_pct: float
-    measured_ms: float
-    cells: int
 
 
 class Failure(NamedTuple):
@@ -105,7 +96,17 @@ def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
     return [Mark(best.variant.mode, best.rtt_ms, best.lo_ms, best.hi_ms, label)]
 
 
-def _panels(summary: Summary, measure: str) -> list[dict[str, Any]]:
+def _plain_conditions(rows: Sequence[Row]) -> set[Condition]:
+    """Conditions that the closed form speaks of: one link throughout, one rate for both directions."""
+    plain = {condition_of(row) for row in rows}
+    for row in rows:
+        rates = {row.link_asked.get(f"rate_{way}_mbit", row.rate_mbit) for way in ("up", "down")}
+        if row.link_steps or rates != {row.rate_mbit}:
+            plain.discard(condition_of(row))
+    return plain
+
+
+def _panels(summary: Summary, measure: str, plain: set[Condition]) -> list[dict[str, Any]]:
     """Drawn panels of "tpot_ms" or "ttft_ms", one per condition that has data."""
     ranks = _ranks(summary.variants)
     inputs = {(i.variant, i.temperature): i for i in summary.inputs}
@@ -122,7 +123,7 @@ def _panels(summary: Summary, measure: str) -> list[dict[str, Any]]:
             if not points:
                 continue
             theory = []
-            if measure == "tpot_ms":
+            if measure == "tpot_ms" and condition in plain:
                 own = inputs.get((variant, condition.temperature))
                 theory = _theory(own, [p.x for p in points], condition)
             series.append(Series(variant.mode, variant.label, ranks[variant], points, theory))
@@ -173,7 +174,8 @@ def _timelines(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
     Among the pairs that every mode has, the one whose distributed TPOT is nearest to its cell's median.
     """
     condition = summary.conditions[0]
-    rtts = sorted({c.rtt_ms for c in summary.cells if c.condition == condition and c.generations})
+    usable = [c for c in summary.cells if c.condition == condition and c.generations > c.excluded]
+    rtts = sorted({c.rtt_ms for c in usable})
     if not rtts:
         return {}
     rtt_ms = rtts[len(rtts) // 2]
@@ -181,27 +183,27 @@ def _timelines(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
     found: dict[Variant, dict[tuple[str, int, int], Row]] = {v: {} for v in variants}
     for row in rows:
         here = (condition_of(row), row.rtt_ms) == (condition, rtt_ms)
-        if here and row.status == "ok" and row.events and variant_of(row) in found:
+        if here and row.usable and row.events and variant_of(row) in found:
             found[variant_of(row)][pair_of(row)] = row
     found = {v: pairs for v, pairs in found.items() if pairs}
     shared = set.intersection(*(set(pairs) for pairs in found.values())) if found else set()
     if not shared:
         return {}
     judge = next((v for v in found if v.mode.startswith("dsd-")), next(iter(found)))
-    median = next(c.tpot_ms.value for c in summary.cells if (c.variant, c.rtt_ms) == (judge, rtt_ms))
+    median = next(c.tpot_ms.value for c in usable if (c.variant, c.rtt_ms) == (judge, rtt_ms))
     pair = min(sorted(shared), key=lambda p: abs((found[judge][p].tpot_ms or math.inf) - median))
     chosen = {v: pairs[pair] for v, pairs in found.items()}
-    until_s = plots.span_s(list(chosen.values()))
+    until_s = timeline.span_s(list(chosen.values()))
     drawn = []
     for index, (variant, row) in enumerate(chosen.items()):
-        tokens = sum(a.tokens for a in plots.arrivals(row) if a.t_s <= until_s)
+        tokens = sum(a.tokens for a in timeline.arrivals(row) if a.t_s <= until_s)
         axis = index == len(chosen) - 1
         drawn.append(
             {
                 "variant": variant,
                 "note": f"{tokens} token{'' if tokens == 1 else 's'} in {plots.short(until_s * 1e3)} ms",
-                "wide": plots.timeline(row, until_s, width=960, class_="wide", axis=axis),
-                "narrow": plots.timeline(row, until_s, width=360, class_="narrow", axis=axis),
+                "wide": timeline.timeline(row, until_s, width=960, class_="wide", axis=axis),
+                "narrow": timeline.timeline(row, until_s, width=360, class_="narrow", axis=axis),
             }
         )
     return {
@@ -209,13 +211,17 @@ def _timelines(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
         "timeline_rtt": rtt_ms,
         "timeline_prompt": pair[0],
         "timeline_modelled": condition.modelled,
+        "timeline_changes": {
+            "cut" if change.cut else "shift" for row in chosen.values() for change in timeline.changes_of(row)
+        },
+        "timeline_stalls": any(timeline.stalls_of(row) for row in chosen.values()),
     }
 
 
 def _byte_rows(rows: Sequence[Row], variants: Sequence[Variant]) -> list[ByteRow]:
     found: list[tuple[Variant, str, dict[str, float]]] = []
     for variant in variants:
-        own = [row for row in rows if row.status == "ok" and variant_of(row) == variant]
+        own = [row for row in rows if row.usable and variant_of(row) == variant]
         tokens = sum(row.tokens for row in own)
         for direction, field in (("up", "bytes_up"), ("down", "bytes_down")):
             totals: Counter[str] = Counter()
@@ -235,21 +241,6 @@ def _byte_rows(rows: Sequence[Row], variants: Sequence[Variant]) -> list[ByteRow
     ]
 
 
-def _links(summary: Summary) -> list[Link]:
-    groups: dict[tuple[str, str, float, float, float], list[CellSummary]] = {}
-    for cell in summary.cells:
-        if not math.isnan(cell.rtt_measured_ms):
-            c = cell.condition
-            rate = math.inf if c.rate_mbit is None else c.rate_mbit
-            groups.setdefault((c.link, c.runtime, -rate, c.loss_pct, cell.rtt_ms), []).append(cell)
-    links = []
-    for (link, runtime, _, loss, rtt_ms), cells in sorted(groups.items(), key=lambda g: g[0]):
-        measured = sorted(c.rtt_measured_ms for c in cells)
-        middle = (measured[(len(measured) - 1) // 2] + measured[len(measured) // 2]) / 2
-        links.append(Link(link, runtime, rtt_ms, cells[0].condition.rate_mbit, loss, middle, len(cells)))
-    return links
-
-
 def _failures(rows: Sequence[Row]) -> list[Failure]:
     counts: Counter[tuple[Variant, float, str, str]] = Counter()
     for row in rows:
@@ -259,7 +250,7 @@ def _failures(rows: Sequence[Row]) -> list[Failure]:
     return [Failure(*key, count) for key, count in ordered]
 
 
-def _break_rows(summary: Summary) -> list[dict[str, Any]]:
+def _break_rows(summary: Summary, plain: set[Condition]) -> list[dict[str, Any]]:
     inputs = {(i.variant, i.temperature): i for i in summary.inputs}
     rows = []
     for item in summary.break_evens:
@@ -267,7 +258,7 @@ def _break_rows(summary: Summary) -> list[dict[str, Any]]:
         theory = "–"
         own = inputs.get((item.variant, item.condition.temperature))
         base = inputs.get((item.baseline, item.condition.temperature))
-        if own is not None and base is not None:
+        if own is not None and base is not None and item.condition in plain:
             flat = base.tpot_ms([0.0], item.condition.rate_mbit)
             solved = own.break_even_ms(flat[0], item.condition.rate_mbit) if flat else None
             if solved is not None:
@@ -349,7 +340,9 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
     from jinja2 import Environment, StrictUndefined
 
     summary = stats.summarise(rows, expected=expected_generations(run), allow_incomplete=True)
-    rows = stats.unique_rows(rows)
+    rows = stats.counted_rows(rows)
+    plain = _plain_conditions(rows)
+    links = link_table(rows)
     ranks = _ranks(summary.variants)
     models = run.get("models") or {}
     names = [(models.get(role) or {}).get("model_id") for role in ("target", "drafter")]
@@ -358,21 +351,30 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         "rate": any(c.rate_mbit is not None for c in conditions),
         "loss": any(c.loss_pct for c in conditions),
         "temperature": any(c.temperature for c in conditions),
+        "extra": any(c.extra for c in conditions),
     }
     columns = ["mode", "RTT", "link"]
     columns += [
         title
-        for key, title in (("rate", "Mbit/s"), ("loss", "loss, %"), ("temperature", "temp."))
+        for key, title in (
+            ("rate", "Mbit/s"),
+            ("loss", "loss, %"),
+            ("extra", "and"),
+            ("temperature", "temp."),
+        )
         if show[key]
     ]
     columns += ["TPOT", "p95", "p99", "× cloud-ar", "TTFT", "ITL p95", "α", "τ", "exact"]
     columns += ["failed"] if summary.failures else []
+    columns += ["excluded"] if summary.excluded else []
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    tpot_panels = _panels(summary, "tpot_ms")
+    tpot_panels = _panels(summary, "tpot_ms", plain)
     context: dict[str, Any] = {
         "timelines": [],
+        "timeline_changes": set(),
+        "timeline_stalls": False,
         **_timelines(summary, rows),
         "s": summary,
         "verdict": _split(summary.verdict),
@@ -389,16 +391,23 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         "compared_some_wrong": summary.exact < summary.compared,
         "any_modelled": any(c.modelled for c in conditions),
         "lossy": show["loss"],
-        "closed_form": any(i.tpot_ms([0.0], None) for i in summary.inputs),
+        "closed_form": bool(plain) and any(i.tpot_ms([0.0], None) for i in summary.inputs),
         "legend_items": [
             {"symbol": plots.key_symbol(v.mode, ranks[v]), "label": v.label} for v in summary.variants
         ],
         "tpot_panels": tpot_panels,
-        "ttft_panels": _panels(summary, "ttft_ms"),
-        "break_rows": _break_rows(summary),
+        "ttft_panels": _panels(summary, "ttft_ms", plain),
+        "break_rows": _break_rows(summary, plain),
         "positions": max((len(a.per_position) for a in summary.acceptance), default=0),
         "byte_rows": _byte_rows(rows, summary.variants),
-        "links": _links(summary),
+        "links": links,
+        "link_columns": {
+            "rate": any(way.rate_asked_mbit is not None for link in links for way in (link.up, link.down)),
+            "probed": any(link.probed for link in links),
+            "bursts": any(way.lost for link in links for way in (link.up, link.down)),
+            "counted": any(link.counted for link in links),
+        },
+        "tcp": tcp_table(rows),
         "failures": _failures(rows),
         "reconnects": sum(row.reconnects for row in rows),
         "stale": sum(row.stale_frames for row in rows),

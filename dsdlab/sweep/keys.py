@@ -60,10 +60,10 @@ class Condition(NamedTuple):
         return f"{rate}, {loss}" + (f", {self.extra}" if self.extra else "")
 
     @property
-    def order(self) -> tuple[str, str, float, float, float, str]:
+    def order(self) -> tuple[str, str, float, float, float, int, str]:
         """The least constrained first: no loss, unlimited rate, greedy, nothing extra."""
         rate = 0.0 if self.rate_mbit is None else 1.0 / max(self.rate_mbit, 1e-12)
-        return self.runtime, self.link, self.loss_pct, rate, self.temperature, self.extra
+        return self.runtime, self.link, self.loss_pct, rate, self.temperature, len(self.extra), self.extra
 
     @property
     def modelled(self) -> bool:

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from dsdlab.sweep.calibration import LinkMeasure
+from dsdlab.sim.profile import LinkProfile
+from dsdlab.sweep.calibration import DirectionMeasure, LinkMeasure, judge
 from dsdlab.sweep.rows import Row
 
 
@@ -32,6 +33,7 @@ class Truth:
 
 TRUTH = Truth()
 VARIANTS = (("cloud-ar", 0), ("cloud-sd", 4), ("edge-sd", 4), ("dsd-sync", 4))
+RECOVERY_S = 0.8  # of TCP after a partition
 PROMPTS = ("gsm8k-3", "humaneval-11", "cnndm-7", "chat-2")
 
 
@@ -51,9 +53,10 @@ def generation(
     rate_mbit: float | None = None,
     loss_pct: float = 0.0,
     temperature: float = 0.0,
+    cut_s: tuple[float, float] | None = None,
     truth: Truth = TRUTH,
 ) -> Row:
-    """One generation walked through window by window."""
+    """One generation walked through window by window. cut_s: nothing gets through from when to when."""
     key = f"{mode} {gamma} {rtt_ms} {rate_mbit} {loss_pct} {temperature}"
     noise = np.random.default_rng(zlib.crc32(f"{key} {prompt} {rep}".encode()))
     # acceptance belongs to prompt, seed and temperature: the same at every RTT, as with real ids
@@ -65,11 +68,14 @@ def generation(
     def jitter(seconds: float) -> float:
         return seconds * float(np.exp(noise.normal(0, truth.noise)))
 
-    def flight(n_bytes: int) -> float:
+    def flight(n_bytes: int, at_s: float) -> float:
         if edge:
             return 0.0
         late = 0.2 if noise.random() < loss_pct / 100 else 0.0
-        return rtt_ms / 2e3 + (n_bytes * 8 / (rate_mbit * 1e6) if rate_mbit else 0.0) + late
+        takes_s = rtt_ms / 2e3 + (n_bytes * 8 / (rate_mbit * 1e6) if rate_mbit else 0.0) + late
+        if cut_s is not None and at_s < cut_s[1] and at_s + takes_s > cut_s[0]:
+            return cut_s[1] + RECOVERY_S - at_s
+        return takes_s
 
     events: list[tuple[str, float, float]] = []
     commits: list[tuple[float, int]] = []
@@ -79,13 +85,13 @@ def generation(
     down = {"Verdict": 0, "Commit": 0}
     now, done = 0.0, 0
     if not edge:
-        events.append(("flight_up", now, now := now + flight(320)))
+        events.append(("flight_up", now, now := now + flight(320, now)))
     while done < tokens:
         first = not windows
         if mode == "cloud-ar":
             cost = jitter(truth.prefill_s if first else truth.t_verify1_s)
             events.append(("verify" if first else "decode", now, now := now + cost))
-            arrival = now + flight(24)
+            arrival = now + flight(24, now)
             drafted, accepted = 0, 0
             down["Commit"] += 24
         else:
@@ -96,13 +102,14 @@ def generation(
             if mode == "dsd-sync":
                 size = 16 + 3 * drafted
                 up["Draft"] += size
-                events.append(("flight_up", now, now := now + flight(size)))
+                events.append(("flight_up", now, now := now + flight(size, now)))
             cost = jitter(truth.t_verify_s(drafted) * slow + (truth.prefill_s * slow if first else 0.0))
             events.append(("verify", now, now := now + cost))
             rejected = np.flatnonzero(luck.random(drafted) >= alpha)
             accepted = int(rejected[0]) if rejected.size else drafted
             down["Verdict" if mode == "dsd-sync" else "Commit"] += 22
-            arrival = now + flight(22)
+            arrival = now + flight(22, now)
+        arrival = max(arrival, commits[-1][0] if commits else 0.0)  # bytes stay in order
         t_verify.append(cost)
         windows.append((drafted, accepted))
         if not edge:
@@ -185,6 +192,98 @@ def grid(
             range(reps), temperatures, losses_pct, rates_mbit, rtts_ms, prompts, variants
         )
     ]
+
+
+TCP = ("cubic", "bbr")
+
+
+def _probed(luck: np.random.Generator, rtt_ms: float, loss_pct: float, burst: float) -> LinkMeasure:
+    """100 probes each way through a chain of bursts, as `dsdlab.sweep.calibration` reads them."""
+    ways = {}
+    for way in ("up", "down"):
+        bursts: list[int] = []
+        lost = k = 0
+        while k < 100:
+            if luck.random() < loss_pct / 100 / burst / (1 - loss_pct / 100):
+                length = min(int(luck.geometric(1 / burst)), 100 - k)
+                bursts.append(length)
+                lost, k = lost + length, k + length
+            k += 1
+        rate = 20 * float(luck.normal(1, 0.005))
+        ways[way] = DirectionMeasure(sent=100, lost=lost, bursts=bursts, rate_mbit=rate)
+    return LinkMeasure(
+        instrument="packets", rtt_p50_ms=rtt_ms + float(luck.normal(0.05, 0.03)), rtt_p99_ms=rtt_ms + 0.6,
+        n=180, **ways, wall_s=0.4,
+    )  # fmt: skip
+
+
+def _over_netem(row: Row, congestion: str, burst: float, luck: np.random.Generator) -> Row:
+    """The same generation as if a netem link between namespaces had carried it."""
+    row.runtime, row.link = "netns", "netem"
+    row.cell = f"{zlib.crc32(f'{row.cell} {congestion} {burst} {row.link_steps}'.encode()):08x}"
+    row.loss_burst = burst
+    profile = LinkProfile(
+        rtt_ms=row.rtt_ms, rate_up_mbit=row.rate_mbit, rate_down_mbit=row.rate_mbit, loss_pct=row.loss_pct,
+        loss_burst=burst,
+    )  # fmt: skip
+    row.link_asked = profile.to_dict()
+    rto_ms = 200 + row.rtt_ms + float(luck.random())
+    end = {"congestion": congestion, "nodelay": True, "rto_ms": rto_ms}
+    row.tcp = {
+        "asked": {"congestion": congestion},
+        "read_back": {"edge": end, "verifier": dict(end), "slow_start_after_idle": True, "offloads_on": []},
+    }
+    row.link_before = _probed(luck, row.rtt_ms, row.loss_pct, burst)
+    row.link_after = _probed(luck, row.rtt_ms, row.loss_pct, burst)
+    packets = 3 * len(row.windows)
+    row.link_counters = {
+        way: {
+            "packets": packets,
+            "bytes": 90 * packets,
+            "drops": int(luck.binomial(packets, row.loss_pct / 100)),
+        }
+        for way in ("up", "down")
+    }
+    return row
+
+
+def netem_sweep() -> list[Row]:
+    """Loss alone and in bursts at 20 Mbit/s over netem; one cell lost too much, two links drifted."""
+    luck = np.random.default_rng(5)
+    rows = []
+    for (loss, burst), rtt, (mode, gamma), rep in itertools.product(
+        ((0.0, 1.0), (2.0, 1.0), (2.0, 4.0)), (20.0, 80.0), (("cloud-ar", 0), ("dsd-sync", 4)), range(4)
+    ):
+        row = generation(mode, gamma, rtt, rep=rep, rate_mbit=20.0, loss_pct=loss)
+        rows.append(_over_netem(row, "cubic", burst, luck))
+        if (mode, rtt, burst) == ("dsd-sync", 80.0, 4.0):  # the whole cell
+            rows[-1].link_before = _probed(luck, rtt, 9.0, burst)
+            rows[-1].link_after = _probed(luck, rtt, 9.0, burst)
+    for row in (rows[1], rows[14]):
+        assert row.link_after is not None
+        row.link_after.rtt_p50_ms += 12.0
+        row.excluded = judge_after(row)
+    return rows
+
+
+def judge_after(row: Row) -> str:
+    """The reason a runner would write."""
+    assert row.link_after is not None
+    return f"after: {judge(row.profile, row.link_after)}"
+
+
+def partition_sweep() -> list[Row]:
+    """Five seconds without a network, under two congestion controls."""
+    luck = np.random.default_rng(6)
+    rows = []
+    for congestion, (mode, gamma), rep in itertools.product(
+        TCP, (("cloud-ar", 0), ("dsd-sync", 4)), range(2)
+    ):
+        row = generation(mode, gamma, 40.0, rep=rep, tokens=160, cut_s=(1.0, 6.0))
+        row.link_steps = "partition from 1 s for 5 s"
+        row.link_changes = [(1.002, "partition"), (6.003, "end of partition")]
+        rows.append(_over_netem(row, congestion, 1.0, luck))
+    return rows
 
 
 def run_record(name: str = "quickstart") -> dict[str, Any]:

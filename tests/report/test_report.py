@@ -94,6 +94,7 @@ def test_structure(outline: Outline, rows: list[Row]) -> None:
         "inputs",
         "cells",
         "links",
+        "exclusions",
         "failures",
         "provenance",
     ]

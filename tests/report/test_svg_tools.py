@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_rows import generation
 
-from dsdlab.report import plots, svg
+from dsdlab.report import svg, timeline
 
 
 @given(st.floats(0.001, 1e5), st.floats(1.001, 1e4), st.integers(2, 9))
@@ -52,7 +52,7 @@ def test_elements_escape() -> None:
 @pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "edge-sd", "dsd-sync"])
 def test_arrivals_hold_every_token(mode: str) -> None:
     row = generation(mode, 0 if mode == "cloud-ar" else 4, 50.0)
-    found = plots.arrivals(row)
+    found = timeline.arrivals(row)
     assert sum(a.tokens for a in found) == row.tokens
     assert [a.t_s for a in found] == sorted(a.t_s for a in found)
     assert row.ttft_ms == pytest.approx(found[0].t_s * 1e3)
@@ -61,7 +61,7 @@ def test_arrivals_hold_every_token(mode: str) -> None:
 def test_arrivals_are_left_out_where_events_do_not_match_windows() -> None:
     row = generation("dsd-sync", 4, 50.0)
     row.windows = row.windows[:-3]
-    assert plots.arrivals(row) == []
+    assert timeline.arrivals(row) == []
 
 
 @pytest.mark.parametrize(
@@ -78,4 +78,4 @@ def test_arrivals_are_left_out_where_events_do_not_match_windows() -> None:
     ],
 )
 def test_lanes(kind: str, mode: str, lane: str) -> None:
-    assert plots.lane_of(kind, mode) == lane
+    assert timeline.lane_of(kind, mode) == lane
