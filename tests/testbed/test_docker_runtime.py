@@ -180,10 +180,14 @@ def test_a_share_of_a_core_slows_smoothly(tmp_path: Path, run_id: str) -> None:
         async with runtime_in(tmp_path, run_id) as runtime:
             quarter = NodeSpec(name="slow", args=("-c", BURN), cpus=cpus, cpu_quota=0.25)
             node = await runtime.start_node(quarter)
-            burnt = await node.request({"op": "burn"})
-            print(f"0.3 s of work took {burnt['s']:.2f} s, longest halt {1e3 * burnt['gap_s']:.0f} ms")
-            assert 3.0 < burnt["s"] / 0.3 < 8.0
-            assert burnt["gap_s"] < 0.08
+            for _ in range(4):  # a busy host halts it as well
+                burnt = await node.request({"op": "burn"})
+                print(f"0.3 s of work took {burnt['s']:.2f} s, longest halt {1e3 * burnt['gap_s']:.0f} ms")
+                assert burnt["s"] / 0.3 > 3.0
+                if burnt["s"] / 0.3 < 6.0 and burnt["gap_s"] < 0.05:
+                    break
+            assert burnt["s"] / 0.3 < 6.0
+            assert burnt["gap_s"] < 0.05  # with the kernel's own period it would be 0.075
             with pytest.raises(RuntimeFailed, match=r"cpu_quota 1.5 \(allowed"):
                 await runtime.start_node(NodeSpec(name="n2", args=("-c", ""), cpu_quota=1.5))
             with pytest.raises(RuntimeFailed, match=r"cpus \[4095\] not available"):
