@@ -228,17 +228,20 @@ def _many_events(row: Row, lanes: _Lanes) -> list[Markup]:
 def _arrivals(row: Row, lanes: _Lanes) -> list[Markup]:
     """Dots for tokens that reached the user, with counts where there is room, and lines over stalls."""
     drawn: list[Markup] = []
-    dots: list[str] = []
-    last = last_dot = -math.inf
+    together: list[tuple[float, int]] = []  # (x, tokens) of what arrived within one pixel
     for arrival in arrivals(row):
         at = lanes.x(arrival.t_s)
         if arrival.t_s > lanes.until_s:
             break
-        if at - last_dot >= 1.0:
-            dots.append(f"M{number(at)} {number(lanes.edge - 11)}h0")
-            last_dot = at
+        if together and at - together[-1][0] < 1.0:
+            together[-1] = together[-1][0], together[-1][1] + arrival.tokens
+        else:
+            together.append((at, arrival.tokens))
+    dots = [f"M{number(at)} {number(lanes.edge - 11)}h0" for at, _ in together]
+    last = -math.inf
+    for at, tokens in together:
         if at - last >= 22:
-            drawn.append(text(at, lanes.edge - 15, f"+{arrival.tokens}", "tiny", "middle"))
+            drawn.append(text(at, lanes.edge - 15, f"+{tokens}", "tiny", "middle"))
             last = at
     if dots:
         drawn.append(element("path", d="".join(dots), class_="arrived"))

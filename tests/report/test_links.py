@@ -153,6 +153,14 @@ def test_stalls_are_gaps_out_of_the_ordinary() -> None:
     assert ended_s == pytest.approx(2.8)
 
 
+def test_tokens_that_arrive_together_are_counted_together() -> None:
+    cut = generation("cloud-ar", 0, 40.0, tokens=60, cut_s=(1.0, 2.0))
+    at_once = sum(a.t_s == pytest.approx(2.8) for a in timeline.arrivals(cut))
+    assert at_once > 10
+    drawn = timeline.timeline(cut, 4.0, width=960, class_="wide", axis=True)
+    assert f">+{at_once}</text>" in drawn
+
+
 def test_the_axis_reaches_past_the_last_change() -> None:
     cut = generation("dsd-sync", 4, 40.0, tokens=160, cut_s=(3.0, 4.0))
     plain_s = timeline.span_s([cut])
