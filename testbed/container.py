@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import signal
-import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -21,18 +20,18 @@ from urllib.parse import quote
 
 from testbed.child import LINE_BYTES, obituary, open_log, too_late
 from testbed.control import ControlLines, NodeDied
+from testbed.engine import REMOVAL_S, remove
 from testbed.ledger import process_start
 from testbed.runtimes.base import RuntimeFailed
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
-__all__ = ["Container", "Events", "call", "finish", "remove"]
+__all__ = ["Container", "Events", "call", "finish", "in_full"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 STDERR = 2  # of the stream's three
-REMOVAL_S = 20.0
 END_S = 30.0  # from SIGKILL to its end, on a host that is out of memory
 
 
@@ -55,23 +54,6 @@ async def finish(task: asyncio.Future[T]) -> T:
         task.cancelled() or task.exception()  # seen
         raise cancelled
     return task.result()
-
-
-def remove(client: DockerClient, ident: str) -> None:
-    """Kill and remove a container and wait until it is gone; blocking. None of that name is fine. Raises
-    DockerException."""
-    from docker.errors import APIError, NotFound
-
-    end_s = time.monotonic() + REMOVAL_S
-    while True:
-        try:
-            client.api.remove_container(ident, force=True, v=True)
-        except NotFound:
-            return
-        except APIError as error:  # 409: being removed already, because it has ended
-            if error.status_code != 409 or time.monotonic() > end_s:
-                raise
-        time.sleep(0.02)
 
 
 async def open_stream(

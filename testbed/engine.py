@@ -6,6 +6,7 @@ import errno
 import getpass
 import os
 import socket
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["START", "connect", "one_line", "socket_path"]
 
 START = "scripts/docker.sh start"
+REMOVAL_S = 20.0  # the engine may be slow on a busy host
 
 
 def socket_path() -> Path:
@@ -62,3 +64,20 @@ def one_line(error: BaseException) -> str:
         return "the engine does not answer"  # the client library's words for it are long
     text = explanation or str(error) or type(error).__name__
     return " ".join(str(text).split()).strip('"')
+
+
+def remove(client: DockerClient, ident: str) -> None:
+    """Kill and remove a container and wait until it is gone; blocking. None of that name is fine. Raises
+    DockerException."""
+    from docker.errors import APIError, NotFound
+
+    end_s = time.monotonic() + REMOVAL_S
+    while True:
+        try:
+            client.api.remove_container(ident, force=True, v=True)
+        except NotFound:
+            return
+        except APIError as error:  # 409: being removed already, because it has ended
+            if error.status_code != 409 or time.monotonic() > end_s:
+                raise
+        time.sleep(0.02)

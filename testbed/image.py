@@ -7,6 +7,7 @@ dependencies have changed.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import click
 
-from testbed.engine import connect, one_line
+from testbed.engine import connect, one_line, remove
 from testbed.image_parts import LOCAL_BASE, BasePython, fetch_wheels, host_mirror, make_base, requirements
 from testbed.runtimes.base import RuntimeFailed
 
@@ -38,6 +39,7 @@ PUBLIC_BASE = "python:3.11-slim-bookworm"
 LABEL = "dsdlab.image"
 DIGEST_LABEL = "dsdlab.dependencies"
 SOURCES = (DOCKERFILE, "pyproject.toml", "README.md", "LICENSE", "testbed", "dsdlab")
+LOOSE = {"dangling": True, "label": LABEL}  # layers that no image has
 PULL_TIMEOUT_S = 20.0  # without a word from the registry
 ASK_PYTHON = (
     "import platform, sys; print(*sys.version_info[:2], sep='.'); "
@@ -83,12 +85,19 @@ def build(say: Say, base: str | None = None) -> None:
     say: takes progress lines. base: an image with Python, instead of the public one or one made here.
     Raises RuntimeFailed, and leaves nothing unfinished then, nor when interrupted.
     """
-    from docker.errors import DockerException
-
     digest = dependencies_digest()
     if digest is None:
         raise RuntimeFailed("docker: the image is built from dsdlab's source folder, and this is not one")
     client = connect(timeout_s=600.0)
+    with (ROOT / DOCKERFILE).open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one at a time: the end of one build takes away loose layers
+        _build_all(client, say, base, digest)
+
+
+def _build_all(client: DockerClient, say: Say, base: str | None, digest: str) -> None:
+    from docker.errors import DockerException
+
+    began_s, done = time.time(), False
     try:
         base = _find_base(client, say, base)
         wheels = fetch_wheels(requirements(ROOT / "pyproject.toml"), _base_python(client, base), say)
@@ -96,10 +105,14 @@ def build(say: Say, base: str | None = None) -> None:
             _write_context(context, wheels)
             say(f"building {image_name()} on {base}")
             _build(client, context, base, digest)
-    except DockerException as error:
+        done = True
+    except (DockerException, OSError) as error:
         raise RuntimeFailed(f"docker: {one_line(error)}") from None
     finally:
-        _remove_unfinished(client)
+        with suppress(DockerException, OSError):
+            if not done:
+                _remove_unfinished(client, began_s)
+            client.images.prune(filters=LOOSE)  # also the layers that a new image has replaced
         client.close()
 
 
@@ -199,27 +212,31 @@ def _build(client: DockerClient, context: IO[bytes], base: str, digest: str) -> 
             said = " ".join(str(event.get("stream", "")).split()) or said
 
 
-def _remove_unfinished(client: DockerClient, patience_s: float = 20.0) -> None:
-    """Take away what a failed or interrupted build left, and the layers that a new image has replaced. The
-    engine notices an interruption a little later than we do."""
-    from docker.errors import DockerException
-
+def _remove_unfinished(client: DockerClient, began_s: float, patience_s: float = 20.0) -> None:
+    """Take away what a failed or interrupted build left; the engine notices an interruption a little later
+    than we do. Raises DockerException or OSError."""
     end_s = time.monotonic() + patience_s
-    with suppress(DockerException, OSError):
-        while time.monotonic() < end_s:
-            unlabelled = {"label": LABEL}
-            left = [
-                container
-                for container in client.api.containers(all=True, filters=unlabelled)
-                if "dsdlab.owner" not in container["Labels"] and container["State"] != "running"
-            ]
-            for container in left:
-                with suppress(DockerException):
-                    client.api.remove_container(container["Id"], force=True)
-            client.images.prune(filters={"dangling": True, "label": LABEL})
-            if not left and not client.images.list(filters={"dangling": True, "label": LABEL}):
-                return
-            time.sleep(0.2)
+    while time.monotonic() < end_s:
+        left = [
+            container
+            for container in client.api.containers(all=True, filters={"label": LABEL})
+            if _is_builds(container, began_s)
+        ]
+        for container in left:
+            if container["State"] != "running":
+                remove(client, container["Id"])
+        client.images.prune(filters=LOOSE)
+        if not left and not client.images.list(filters=LOOSE):
+            return
+        time.sleep(0.2)
+
+
+def _is_builds(container: dict[str, Any], began_s: float) -> bool:
+    """Whether it is a step of the build, which runs in an image without a name, or our look at the base.
+    Containers that others made of our image carry its label as well."""
+    labels, image = container["Labels"], container["Image"]
+    step = image.startswith("sha256:") and "dsdlab.owner" not in labels
+    return container["Created"] >= int(began_s) and (step or labels[LABEL] == "build")
 
 
 @click.command(help="Build the image that nodes of the docker runtime run in.")

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsdlab.models.zoo import cache_dir
-from testbed.container import Container, Events, call, in_full, remove
-from testbed.engine import connect, one_line, socket_path
+from testbed.container import Container, Events, call, in_full
+from testbed.engine import connect, one_line, remove, socket_path
 from testbed.image import image_name, image_problem
 from testbed.ledger import process_start
 from testbed.links.base import Endpoint
