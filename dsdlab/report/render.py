@@ -359,7 +359,7 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         for key, title in (
             ("rate", "Mbit/s"),
             ("loss", "loss, %"),
-            ("extra", "and"),
+            ("extra", "also"),
             ("temperature", "temp."),
         )
         if show[key]
