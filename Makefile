@@ -2,14 +2,14 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint bench report image doctor clean
+.PHONY: sweep test lint bench bench-links bench-runtimes report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
 
 test: .venv/ready-dev lint
 	scripts/test-deps.sh
-	$(PY) -m pytest
+	scripts/docker.sh with scripts/tests.sh
 
 lint: .venv/ready-dev
 	$(PY) -m ruff check .
@@ -18,6 +18,12 @@ lint: .venv/ready-dev
 
 bench: .venv/ready
 	$(PY) -m bench.engine
+
+bench-links: .venv/ready
+	$(PY) -m bench.links
+
+bench-runtimes: .venv/ready
+	scripts/docker.sh with $(PY) -m bench.runtimes
 
 report: .venv/ready
 	for folder in results/*/rows.jsonl; do $(PY) -m dsdlab report "$$(dirname "$$folder")"; done
