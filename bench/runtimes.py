@@ -1,8 +1,8 @@
 """The same scenario under every runtime and link, TPOT side by side: `make bench-runtimes`.
 
 Runs `scenarios/agreement.toml` (the real pair) once per combination, and compares each cell's median TPOT
-with the first combination's. Bar: containers and namespaces over real netem agree within 5 %. The modelled link is
-printed beside them, without a bar: how far a model is off is a result.
+with the first combination's. Bar: containers and namespaces over real netem agree within 5 %. The modelled
+link is printed beside them, without a bar: how far a model is off is a result.
 """
 
 from __future__ import annotations
