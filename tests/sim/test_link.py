@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -305,3 +307,19 @@ def test_profile_round_trip_and_bad_calls() -> None:
         link.send(2.0, -1)
     with pytest.raises(ValueError, match="sideways"):
         LinkDirection(profile, "sideways")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("burst", [1.0, 4.0])
+def test_losses_come_as_often_and_in_bursts_as_long_as_asked(burst: float) -> None:
+    link = LinkDirection(LinkProfile(loss_pct=5.0, loss_burst=burst), "up", seed=3)
+    rng = random.Random(5)
+    lost = [link.loses(rng) for _ in range(200_000)]
+    assert sum(lost) / len(lost) == pytest.approx(0.05, rel=0.05)
+    runs = [len(list(run)) for bad, run in itertools.groupby(lost) if bad]
+    assert sum(runs) / len(runs) == pytest.approx(max(burst, 1 / 0.95), rel=0.05)
+
+
+@pytest.mark.parametrize("fields", [{"rtt_ms": 1.0, "reorder_pct": 1.0}, {"partitioned": True}])
+def test_what_the_model_does_not_know_is_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"the modelled link has none \(allowed: a netem link\)"):
+        LinkDirection(LinkProfile(**fields), "up")  # type: ignore[arg-type]
