@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from e2e_tools import SCENARIO, dsdlab, rows_of
+from needs import need, need_uml
 
 from testbed.engine import connect
-from testbed.host import docker_problem, netns_problem
-from testbed.links.uml import uml_problem
+from testbed.host import docker_problem
 from testbed.runtimes.base import RuntimeFailed
 
 MOMENTS = 10
@@ -26,13 +26,6 @@ SMALL = (
 )
 
 pytestmark = [pytest.mark.e2e, pytest.mark.netem]
-
-
-def need(problem: str) -> None:
-    if problem and os.environ.get("CI") == "true":
-        pytest.fail(problem)
-    if problem:
-        pytest.skip(problem)
 
 
 def our_processes(tag: str) -> set[str]:
@@ -92,7 +85,7 @@ def test_sigkill_at_any_moment(tmp_path: Path, runtime: str, monkeypatch: pytest
     monkeypatch.setenv("DSDLAB_TEST", tag)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    need(netns_problem() or uml_problem())
+    need_uml()
     if runtime == "docker":
         need(docker_problem())
     (tmp_path / "small.toml").write_text(SMALL)
