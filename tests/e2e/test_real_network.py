@@ -63,5 +63,5 @@ def test_real_pair_in_containers_behind_real_netem(tmp_path: Path) -> None:
         # the stall is in the timeline: nothing was committed while the link was cut
         ends = sorted(end for _, _, end in row["events"])
         assert max(later - earlier for earlier, later in pairwise(ends)) > 1.0
-    html = Path(result["report"]).read_text()
+    html = (tmp_path / result["report"]).read_text()
     assert "partition" in html
