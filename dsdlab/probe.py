@@ -9,8 +9,8 @@ Packets, big-endian: 8 bytes of tag (a keyed hash of the nodes' token: others ge
 
     probe      seq u32, run u32; padding to PROBE_BYTES
     echo       seq u32, run u32, t2 u64, t3 u64 (ns); padding to PROBE_BYTES
-    report?    run u32
-    report     run u32, bytes of the train u32, its duration u64 (ns), bitmap of the seqs that came
+    report?    run u32, number of the question u32
+    report     the same, bytes of the train u32, its duration u64 (ns), bitmap of the seqs that came
     train      run u32; full size
     train?     run u32, packets u16: "send me a train"
 """
@@ -44,7 +44,7 @@ ASK_FOR_S = 5.0
 _KIND = struct.Struct(">8sB")
 _PROBE = struct.Struct(">II")
 _ECHO = struct.Struct(">IIQQ")
-_REPORT = struct.Struct(">IIQ")
+_REPORT = struct.Struct(">IIIQ")
 _TRAIN_ASK = struct.Struct(">IH")
 PROBE, ECHO, REPORT_ASK, REPORT, TRAIN, TRAIN_ASK = range(6)
 SO_TIMESTAMPNS = 35
@@ -139,10 +139,10 @@ class Reflector:
                 run.train_ns = (run.train_ns[0], arrival_ns)
                 run.train_bytes += len(data) + FRAME_BYTES
         elif kind == REPORT_ASK:
-            ident = _PROBE.unpack_from(body.ljust(_PROBE.size, b"\0"))[0]
+            ident, question = _PROBE.unpack_from(body)
             run = self._run(ident)
             first_ns, last_ns = run.train_ns or (0, 0)
-            head = _REPORT.pack(ident, run.train_bytes, last_ns - first_ns)
+            head = _REPORT.pack(ident, question, run.train_bytes, last_ns - first_ns)
             bits = sum(1 << seq for seq in run.seen)
             bitmap = bits.to_bytes((bits.bit_length() + 7) // 8, "little")
             self._socket.sendto(_KIND.pack(tag, REPORT) + head + bitmap, sender)
@@ -178,6 +178,7 @@ class _Prober:
         self.back_ns: dict[int, int] = {}  # in order of arrival
         self.report: tuple[int, int, set[int]] | None = None  # bytes and ns of the train, seqs that came
         self.train: list[tuple[int, int]] = []  # (arrival in ns, bytes)
+        self._question = 0  # of the report that is wanted: older answers may still be under way
 
     def close(self) -> None:
         self._socket.close()
@@ -200,9 +201,9 @@ class _Prober:
                 self.rtts_ns[seq] = (arrival_ns - self.sent_ns[seq]) - (t3_ns - t2_ns)
                 self.turned_ns[seq], self.back_ns[seq] = (t2_ns, t3_ns), arrival_ns
             elif kind == REPORT:
-                ident, n_bytes, ns = _REPORT.unpack_from(body)
+                ident, question, n_bytes, ns = _REPORT.unpack_from(body)
                 bits = int.from_bytes(body[_REPORT.size :], "little")
-                if ident == self._ident:
+                if ident == self._ident and question == self._question:
                     seen = {seq for seq in range(bits.bit_length()) if bits >> seq & 1}
                     self.report = n_bytes, ns, seen
             elif kind == TRAIN and _PROBE.unpack_from(body)[0] == self._ident:
@@ -230,6 +231,7 @@ class _Prober:
     def train_down(self, packets: int, patience_s: float) -> None:
         """Ask for a train; the whole of it may be lost, so ask once more."""
         for _ in range(2):
+            self.train.clear()
             self._send(TRAIN_ASK, _TRAIN_ASK.pack(self._ident, packets))
             self._listen(time.monotonic() + patience_s, lambda: len(self.train) >= packets)
             if len(self.train) > 1:
@@ -238,9 +240,10 @@ class _Prober:
     def ask_report(self, rtt_s: float, enough: Callable[[], bool] = lambda: False) -> None:
         """The reflector's view; asked again until it comes, since packets get lost, or there is enough."""
         self.report = None
+        self._question += 1
         end_s = time.monotonic() + ASK_FOR_S + rtt_s
         while self.report is None and not enough() and time.monotonic() < end_s:
-            self._send(REPORT_ASK, _PROBE.pack(self._ident, 0))
+            self._send(REPORT_ASK, _PROBE.pack(self._ident, self._question))
             self._listen(
                 time.monotonic() + ASK_AGAIN_S + 1.5 * rtt_s, lambda: self.report is not None or enough()
             )
@@ -293,7 +296,8 @@ def measure(
 
 
 def _summary(prober: _Prober, n: int, wall_s: float) -> dict[str, Any]:
-    train_bytes, train_ns, seen = prober.report or (0, 0, set(prober.rtts_ns))
+    train_bytes, train_ns, seen = prober.report or (0, 0, set())
+    seen |= prober.rtts_ns.keys()  # what the question overtook is not in the answer
     turned = sorted(prober.turned_ns.items())
     up_ns = [t2_ns - prober.sent_ns[seq] for seq, (t2_ns, _) in turned]
     down_ns = [prober.back_ns[seq] - t3_ns for seq, (_, t3_ns) in turned]

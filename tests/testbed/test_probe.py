@@ -37,6 +37,32 @@ def test_loopback_is_quick_whole_and_in_order() -> None:
         reflector.close()
 
 
+def test_a_train_one_way_gives_that_ways_rate() -> None:
+    """An answer that is late must not pass for the one about the train."""
+    reflector = Reflector("127.0.0.1", 0)
+    try:
+        found = measure("127.0.0.1", reflector.port, n=20, gap_s=0.0005, train_up=50)
+        assert found["up"]["rate_mbit"] > 50
+        assert found["down"]["rate_mbit"] is None
+        found = measure("127.0.0.1", reflector.port, n=20, gap_s=0.0005, train_down=50)
+        assert found["up"]["rate_mbit"] is None
+        assert found["down"]["rate_mbit"] > 50
+    finally:
+        reflector.close()
+
+
+def test_what_the_last_question_overtook_is_not_lost() -> None:
+    reflector = Reflector("127.0.0.1", 0)
+    prober = probe._Prober("127.0.0.1", reflector.port, "")
+    try:
+        prober.probes(4, 0.0005, 0.0, 0.0)
+        prober.report = 0, 0, {0, 1}
+        assert probe._summary(prober, 4, 0.0)["up"]["lost"] == 0
+    finally:
+        prober.close()
+        reflector.close()
+
+
 def test_strangers_get_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(probe, "ASK_FOR_S", 0.3)
     reflector = Reflector("127.0.0.1", 0, "secret")
@@ -79,4 +105,6 @@ def test_plans_suit_their_links() -> None:
     assert slow["n"] * slow["gap_s"] < 2
     assert 2 <= slow["train_up"] <= 400
     assert slow["train_down"] == 0
+    # packets keep their order: probes closer than the delay varies would find each other's delays
+    assert probe_plan(LinkProfile(rtt_ms=100, jitter_ms=60))["gap_s"] >= 0.06
     assert probe_plan(LinkProfile(), 7)["n"] == 7
