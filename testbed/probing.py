@@ -23,10 +23,13 @@ def probe_plan(profile: LinkProfile, n: int | None = None) -> dict[str, Any]:
     """Arguments of `dsdlab.probe.measure` that suit a link.
 
     n: probes; by default few, since a cell's losses are judged over all of its measurements together. Probes
-    leave the bottleneck idle for twice the time that they take it, so that they do not queue.
+    leave the bottleneck idle for twice the time that they take it, so that they do not queue; and where the
+    delay varies they are so far apart that no late one holds up the next, as packets keep their order.
     """
     rates = [rate for rate in (profile.rate_up_mbit, profile.rate_down_mbit) if rate is not None]
     gap_s = LOSSY_GAP_S if profile.loss_pct else GAP_S
+    spread_ms = 2.0 * profile.jitter_ms * max(profile.fraction("up"), profile.fraction("down"))
+    gap_s = max(gap_s, spread_ms / 1e3)
     if rates:
         gap_s = max(gap_s, 3 * PROBE_WIRE_BYTES * 8 / (min(rates) * 1e6))
     if n is None:
