@@ -31,6 +31,7 @@ from dsdlab.scenario_parts import (
     Workload,
     mbit,
 )
+from dsdlab.scenario_wan import check_wan
 from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
 
 __all__ = ["LINKS", "RUNTIMES", "UNLIMITED", "Cell", "Scenario", "ScenarioError", "Workload", "load_scenario"]
@@ -119,6 +120,7 @@ class Scenario(Part):
 
     def _check_run(self) -> None:
         """What the named runtime and link cannot do; "auto" is checked once it is resolved."""
+        check_wan(self.run, self.grid, self.link, self.tcp)
         if self.run.link == "modelled":
             if self.link.reorder_pct:
                 raise ValueError(
@@ -170,6 +172,23 @@ class Scenario(Part):
             raise ScenarioError(f"{where}{_first_problem(e)}") from None
         out._content, out._where = self._content, self._where
         return out
+
+    def read_token(self, default: str) -> str:
+        """The token of `run.token_file`, which is named relative to the scenario; `default` without one.
+
+        Raises ScenarioError.
+        """
+        if self.run.token_file is None:
+            return default
+        path = Path(self._where).parent / self.run.token_file
+        try:
+            token = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as e:
+            why = e.strerror if isinstance(e, OSError) else "not UTF-8"
+            raise ScenarioError(f"run.token_file: {path}: {why}") from None
+        if not token:
+            raise ScenarioError(f"run.token_file: {path} is empty")
+        return token
 
     @property
     def steps(self) -> tuple[LinkStep, ...]:
@@ -235,6 +254,8 @@ class Scenario(Part):
             "nodes": self.nodes.model_dump(),
             "content": self._content,
         }
+        if self.run.verifier is not None:  # another one is another machine
+            work["verifier"] = self.run.verifier
         return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()[:12]
 
     def sampling_of(self, cell: Cell, rep: int) -> Sampling:

@@ -12,11 +12,11 @@ from dsdlab.sim.profile import LinkStep
 
 UNLIMITED = "unlimited"
 RUNTIMES = ("auto", "process", "netns", "docker")
-LINKS = ("auto", "modelled", "netem", "netem-uml")
+LINKS = ("auto", "modelled", "netem", "netem-uml", "wan")
 
 Mode = Literal["cloud-ar", "cloud-sd", "edge-sd", "dsd-sync"]
 Runtime = Literal["auto", "process", "netns", "docker"]
-LinkName = Literal["auto", "modelled", "netem", "netem-uml"]
+LinkName = Literal["auto", "modelled", "netem", "netem-uml", "wan"]
 
 Rtt = Annotated[float, Field(ge=0, le=10_000)]
 Rate = Annotated[float, Field(ge=0.001, le=100_000)] | Literal["unlimited"]
@@ -161,10 +161,16 @@ class Nodes(Part):
 
 
 class Run(Part):
-    """How often, where, and how long a generation may take. "auto" is chosen by what the host can do."""
+    """How often, where, and how long a generation may take. "auto" is chosen by what the host can do.
+
+    `verifier` is for link "wan" alone: ws://HOST:PORT/ of one that was started by hand. `token_file` is named
+    relative to the scenario; without it the token is $DSDLAB_TOKEN.
+    """
 
     repeats: Annotated[int, Field(ge=1, le=100_000)] = 3
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 1
     runtime: Runtime = "process"
     link: LinkName = "modelled"
     timeout_s: Annotated[float, Field(gt=0, le=86_400)] = 120.0
+    verifier: str | None = None
+    token_file: str | None = None

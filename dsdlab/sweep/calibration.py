@@ -23,12 +23,14 @@ __all__ = [
     "burst_interval",
     "expected_rtt_ms",
     "judge",
+    "judge_drift",
     "judge_loss",
 ]
 
 RTT_TOLERANCE_MS, RTT_TOLERANCE = 0.5, 0.02
 FRAMES_ALLOWANCE_MS = 1.0  # frames pass through the event loops of both nodes; packets do not
 RATE_TOLERANCE = 0.05
+DRIFT_TOLERANCE_MS, DRIFT_TOLERANCE = 1.0, 0.1
 LOSS_LEVEL = 0.999
 PROBE_WIRE_BYTES = 106
 """A probe on the wire: 14 (Ethernet) + 20 (IPv4) + 8 (UDP) + 64."""
@@ -113,6 +115,22 @@ def judge(profile: LinkProfile, measure: LinkMeasure) -> str:
                 f"rate {name} is {way.rate_mbit:.3g} Mbit/s, asked {rate:g} ± {RATE_TOLERANCE:.0%}"
             )
     return "; ".join(reasons)
+
+
+def judge_drift(before: LinkMeasure, after: LinkMeasure) -> str:
+    """Why a link that nobody shapes is not what it was before; empty where it is.
+
+    Of such a link nothing is asked but that it holds still while a generation uses it: its RTT may move by
+    a millisecond or a tenth, whichever is more. A measure against itself says whether anything came back.
+    """
+    if not after.n:
+        return "no probe came back"
+    if not before.n:
+        return ""  # nothing to compare with; `before` has its own reason
+    allowed = max(DRIFT_TOLERANCE_MS, DRIFT_TOLERANCE * before.rtt_p50_ms)
+    if abs(after.rtt_p50_ms - before.rtt_p50_ms) <= allowed:
+        return ""
+    return f"RTT is {after.rtt_p50_ms:.2f} ms, was {before.rtt_p50_ms:.2f} ± {allowed:.2f}"
 
 
 def judge_loss(profile: LinkProfile, measures: Iterable[LinkMeasure], level: float = LOSS_LEVEL) -> str:

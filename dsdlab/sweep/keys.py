@@ -54,7 +54,9 @@ class Condition(NamedTuple):
 
     @property
     def network(self) -> str:
-        """The label without the temperature: "unlimited rate, 1 % loss, bursts of 4"."""
+        """The label without the temperature: "unlimited rate, 1 % loss, bursts of 4"; a WAN is "unshaped"."""
+        if self.link == "wan":
+            return "unshaped" + (f", {self.extra}" if self.extra else "")
         rate = "unlimited rate" if self.rate_mbit is None else f"{self.rate_mbit:g} Mbit/s"
         loss = "no loss" if self.loss_pct == 0 else f"{self.loss_pct:g} % loss"
         return f"{rate}, {loss}" + (f", {self.extra}" if self.extra else "")

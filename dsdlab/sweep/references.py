@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from dsdlab.scenario import Scenario
 from dsdlab.sweep.plan import Job, sampling_json
 from dsdlab.sweep.store import read_json, write_json
 
+FILE = "references.json"
 References = dict[str, list[int]]
 
 
@@ -29,30 +30,17 @@ async def ensure_references(
     The work runs in a process of its own on `cpus`, the verifier's cores, with as many threads as the
     verifier will have, and is over before any node starts. Raises ModelError.
     """
-    path = folder / "references.json"
-    known = read_json(path) or {}
-    references: References = dict(known.get("references", {}))
-    facts: dict[str, Any] = dict(known.get("facts", {}))
-    missing = {j.reference: j for j in jobs if j.reference not in references}
+    references, facts, missing = _known(folder, jobs)
     if not missing:
         return references, facts
-    models, workload = scenario.models, scenario.workload
+    models = scenario.models
     ask = {
         "cpus": list(cpus),
         "target": models.target,
         "precision": models.precision,
         "max_context": models.max_context,
         "selftest": "selftest" not in facts and not models.target.startswith("emulated:"),
-        "jobs": [
-            {
-                "key": key,
-                "prompt_ids": list(job.prompt_ids),
-                "sampling": sampling_json(job.sampling),
-                "max_new_tokens": workload.max_new_tokens,
-                "stop_at_eos": workload.stop_at_eos,
-            }
-            for key, job in missing.items()
-        ],
+        "jobs": [{"key": key, **_asked(scenario, job)} for key, job in missing.items()],
     }
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "dsdlab.sweep.reference"),
@@ -87,5 +75,54 @@ async def ensure_references(
         if process.returncode is None:
             process.kill()
             await process.wait()
-    write_json(path, {"references": references, "facts": facts})
+    _keep(folder, references, facts)
     return references, facts
+
+
+async def references_from_afar(
+    scenario: Scenario,
+    jobs: Sequence[Job],
+    folder: Path,
+    generate: Callable[[dict[str, Any]], Awaitable[list[int]]],
+    on_progress: Callable[[int, int], None],
+) -> tuple[References, dict[str, Any]]:
+    """The same where the target is on another machine: it decodes alone there, and streams.
+
+    Another processor may round differently, so that only the verifier itself can say what its target says.
+    `generate` takes a "generate" line of mode `cloud-ar` and gives its ids; what it raises passes, and the
+    references so far are kept.
+    """
+    references, facts, missing = _known(folder, jobs)
+    if not missing:
+        return references, facts
+    facts["references"] = "cloud-ar on the verifier"
+    on_progress(0, len(missing))
+    try:
+        for done, (key, job) in enumerate(missing.items(), 1):
+            ask = {"mode": "cloud-ar", "policy": "static", "gamma": 0, **_asked(scenario, job)}
+            references[key] = await generate(ask)
+            on_progress(done, len(missing))
+    finally:
+        _keep(folder, references, facts)
+    return references, facts
+
+
+def _known(folder: Path, jobs: Sequence[Job]) -> tuple[References, dict[str, Any], dict[str, Job]]:
+    """References and facts of the folder, and by key a job for each reference that it lacks."""
+    known = read_json(folder / FILE) or {}
+    references: References = dict(known.get("references", {}))
+    missing = {j.reference: j for j in jobs if j.reference not in references}
+    return references, dict(known.get("facts", {})), missing
+
+
+def _keep(folder: Path, references: References, facts: dict[str, Any]) -> None:
+    write_json(folder / FILE, {"references": references, "facts": facts})
+
+
+def _asked(scenario: Scenario, job: Job) -> dict[str, Any]:
+    return {
+        "prompt_ids": list(job.prompt_ids),
+        "sampling": sampling_json(job.sampling),
+        "max_new_tokens": scenario.workload.max_new_tokens,
+        "stop_at_eos": scenario.workload.stop_at_eos,
+    }

@@ -14,7 +14,7 @@ import msgspec
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.scenario import Scenario
 from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
-from dsdlab.sweep.calibration import LinkMeasure, judge
+from dsdlab.sweep.calibration import LinkMeasure, judge, judge_drift
 from dsdlab.sweep.plan import Job, sampling_json
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.store import Store
@@ -140,7 +140,7 @@ async def _set_and_calibrate(bed: Bed, profile: LinkProfile, tcp: TcpRegime, row
     for left in reversed(range(RETRIES + 1)):
         row.tcp["read_back"] = await bed.set_link(profile, tcp)
         row.link_before = _storable(await bed.calibrate(profile))
-        reason = judge(profile, row.link_before)
+        reason = _judge(profile, row, row.link_before)
         if not reason or not left:
             break
     return reason
@@ -156,7 +156,14 @@ async def _calibrate_after(bed: Bed, profile: LinkProfile, row: Row) -> str:
         row.link_after = _storable(await bed.calibrate(profile))
     except CellFailed as e:
         return f"not measured ({e})"
-    return judge(profile, row.link_after)
+    return _judge(profile, row, row.link_after)
+
+
+def _judge(profile: LinkProfile, row: Row, measure: LinkMeasure) -> str:
+    """Against what was asked; a WAN, of which nothing is asked, against what it was before."""
+    if row.link == "wan":
+        return judge_drift(row.link_before or measure, measure)
+    return judge(profile, measure)
 
 
 def _storable(measure: LinkMeasure) -> LinkMeasure:

@@ -17,6 +17,7 @@ from dsdlab.sweep.calibration import (
     burst_interval,
     expected_rtt_ms,
     judge,
+    judge_drift,
     judge_loss,
 )
 
@@ -118,3 +119,24 @@ def test_false_alarms_are_rare(burst: float) -> None:
             lost += bad
         alarms += judge_loss(profile, [lossy(lost, 3000)]) != ""
     assert alarms <= 3
+
+
+@pytest.mark.parametrize(
+    ("before_ms", "after_ms", "says"),
+    [
+        (0.2, 1.1, ""),  # a millisecond
+        (0.2, 1.3, "RTT is 1.30 ms, was 0.20 ± 1.00"),
+        (80.0, 87.9, ""),  # a tenth
+        (80.0, 72.1, ""),
+        (80.0, 88.1, "RTT is 88.10 ms, was 80.00 ± 8.00"),
+        (80.0, 71.9, "RTT is 71.90 ms, was 80.00 ± 8.00"),
+    ],
+)
+def test_a_wan_may_be_anything_but_has_to_hold_still(before_ms: float, after_ms: float, says: str) -> None:
+    assert judge_drift(measure(before_ms), measure(after_ms)) == says
+
+
+def test_a_wan_that_carries_nothing() -> None:
+    nothing = measure(0.0, n=0)
+    assert judge_drift(nothing, nothing) == judge_drift(measure(9.0), nothing) == "no probe came back"
+    assert judge_drift(nothing, measure(9.0)) == "", "before has said so already"

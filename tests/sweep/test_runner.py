@@ -45,12 +45,12 @@ class FakeBed:
 
     async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
         self.said.append("set")
-        assert profile == LinkProfile(rtt_ms=50, rto_min_ms=40)
+        assert profile == LinkProfile(rtt_ms=50, rto_min_ms=tcp.rto_min_ms)
         return {"congestion": "cubic", "rto_min_ms": tcp.rto_min_ms}
 
     async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
         self.said.append("calibrate")
-        assert profile == LinkProfile(rtt_ms=50, rto_min_ms=40)
+        assert profile.rtt_ms == 50
         found = self.rtts_ms.pop(0) if len(self.rtts_ms) > 1 else self.rtts_ms[0]
         if isinstance(found, CellFailed):
             raise found
@@ -72,8 +72,8 @@ class FakeBed:
         )  # fmt: skip
 
 
-def run(bed: FakeBed, folder: Path) -> Row:
-    scenario = Scenario.model_validate(RAW)
+def run(bed: FakeBed, folder: Path, raw: dict[str, Any] = RAW) -> Row:
+    scenario = Scenario.model_validate(raw)
     jobs = plan_jobs(scenario, [Prompt("p", "x")], [[1]])
     with Store(folder) as store:
         asyncio.run(run_jobs(scenario, jobs, {jobs[0].reference: [1, 2]}, bed, store, lambda _: None))
@@ -141,3 +141,24 @@ def test_a_generation_that_fails_is_a_row_with_its_time(tmp_path: Path) -> None:
     assert bed.said == ["set", "calibrate", "generate"]
     assert (row.status, row.error, row.link_after) == ("failed", "refused", None)
     assert row.generate_s >= 0.02
+
+
+WAN: dict[str, Any] = {
+    "name": "s",
+    "grid": {"mode": ["cloud-ar"], "rtt_ms": [50]},
+    "run": {"repeats": 1, "link": "wan", "verifier": "ws://far:1/"},
+}
+
+
+def test_of_a_wan_nothing_is_asked_but_that_it_holds_still(tmp_path: Path) -> None:
+    bed = FakeBed(83.0, 90.0)
+    row = run(bed, tmp_path / "still", WAN)
+    assert bed.said == ["set", "calibrate", "generate", "calibrate"]
+    assert (row.link, row.excluded, row.rtt_measured_ms) == ("wan", "", 83.0)
+    row = run(FakeBed(83.0, 92.0), tmp_path / "moved", WAN)
+    assert row.excluded == "after: RTT is 92.00 ms, was 83.00 ± 8.30"
+    bed = FakeBed(math.nan)
+    assert (
+        run(bed, tmp_path / "dead", WAN).excluded == "before: no probe came back; after: no probe came back"
+    )
+    assert bed.said == ["set", "calibrate"] * 3 + ["generate", "calibrate"]

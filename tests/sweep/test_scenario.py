@@ -163,6 +163,73 @@ def test_refused_in_one_line_that_names_the_field(tmp_path: Path, parts: tuple[s
     assert "\n" not in str(caught.value)
 
 
+FAR = "[run]\nlink = 'wan'\nverifier = 'ws://far.example:8765/'\n"
+
+
+def test_a_wan_scenario(tmp_path: Path) -> None:
+    scenario = read(tmp_path, GRID, FAR, "runtime = 'auto'\ntoken_file = 'secret'\n")
+    assert scenario.resolved("process", "wan").run.verifier == "ws://far.example:8765/"
+    with pytest.raises(ScenarioError, match=r"run\.token_file: .*secret: No such file"):
+        scenario.read_token("")
+    (tmp_path / "secret").write_text("\n")
+    with pytest.raises(ScenarioError, match=r"run\.token_file: .*secret is empty"):
+        scenario.read_token("")
+    (tmp_path / "secret").write_bytes(b"\xff")
+    with pytest.raises(ScenarioError, match=r"run\.token_file: .*secret: not UTF-8"):
+        scenario.read_token("")
+    (tmp_path / "secret").write_text("sesame\n")
+    assert scenario.read_token("environment") == "sesame"
+    plain = read(tmp_path, GRID, FAR)
+    assert plain.read_token("environment") == "environment"
+    other = read(tmp_path, GRID, FAR.replace("far", "near"))
+    assert plain.cell_id(plain.cells()[0]) != other.cell_id(other.cells()[0]), "two machines are two cells"
+
+
+@pytest.mark.parametrize(
+    ("parts", "says"),
+    [
+        (
+            (GRID, "[run]\nlink = 'wan'\n"),
+            "run.verifier is missing; run.link 'wan' needs it: ws://HOST:PORT/",
+        ),
+        ((GRID, "[run]\nverifier = 'ws://h:1/'\n"), "with run.link 'modelled'; needs run.link 'wan'"),
+        ((GRID, "[run]\ntoken_file = 'secret'\n"), "run.token_file is 'secret' with run.link 'modelled'"),
+        (
+            (GRID, FAR.replace("ws://", "http://")),
+            "run.verifier is 'http://far.example:8765/'; allowed: ws://",
+        ),
+        ((GRID, FAR.replace(":8765", "")), "run.verifier is 'ws://far.example/'; allowed: ws://HOST:PORT/"),
+        ((GRID, FAR.replace("8765", "99999")), "allowed: ws://HOST:PORT/"),
+        ((GRID, FAR, "runtime = 'netns'\n"), "run.runtime is 'netns' with run.link 'wan'; allowed: process"),
+        (
+            (GRID.replace("[50]", "[50, 90]"), FAR),
+            "grid.rtt_ms is [50.0, 90.0] with run.link 'wan'; allowed: one",
+        ),
+        ((GRID, "rate_mbit = [10]\n", FAR), "grid.rate_mbit is [10.0] with run.link 'wan'; allowed: nothing"),
+        (
+            (GRID, "loss_pct = [1]\n", FAR),
+            "grid.loss_pct is [1.0] with run.link 'wan'; allowed: nothing, the",
+        ),
+        ((GRID, "loss_burst = [2]\n", FAR), "grid.loss_burst is [2.0] with run.link 'wan'"),
+        ((GRID, "jitter_ms = [2]\n", FAR), "grid.jitter_ms is [2.0] with run.link 'wan'"),
+        ((GRID, "[link]\nup_fraction = 0.6\n", FAR), "link.up_fraction is 0.6 with run.link 'wan'"),
+        ((GRID, "[link]\nbuffer_bytes = 50000\n", FAR), "link.buffer_bytes is 50000 with run.link 'wan'"),
+        (
+            (GRID, "[[link.steps]]\nat_s = 1\nrtt_ms = 9\n", FAR),
+            "link.steps is not empty with run.link 'wan'; allowed: nothing, the link is what it is",
+        ),
+        ((GRID, "[tcp]\nnodelay = [false]\n", FAR), "tcp.nodelay is [False] with run.link 'wan'"),
+        ((GRID, "[nodes]\nedge_cpu_quota = 0.5\n", FAR), "needs runtime docker"),
+    ],
+)
+def test_a_wan_is_what_it_is(tmp_path: Path, parts: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ScenarioError) as caught:
+        read(tmp_path, *parts)
+    assert says in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 's.toml'}: ")
+    assert "\n" not in str(caught.value)
+
+
 def test_auto_is_judged_once_it_is_resolved(tmp_path: Path) -> None:
     auto = "[run]\nruntime = 'auto'\nlink = 'auto'\n"
     partition = "[[link.steps]]\nat_s = 1\npartition = true\n[tcp]\ncongestion = ['reno']\n"
