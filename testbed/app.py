@@ -44,6 +44,7 @@ from testbed.links.base import LinkError
 from testbed.links.netem import DIRECTIONS
 from testbed.links.qdisc import netem_arguments
 from testbed.sweepbed import SweepBed
+from testbed.wan import external_verifier, remote_references
 
 REPORT = "report.html"
 
@@ -93,7 +94,8 @@ def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple
 
 
 def _check_links(scenario: Scenario) -> None:
-    """Raises ScenarioError where netem cannot make one of the links, before anything is started."""
+    """Raises ScenarioError where a link cannot be had, before anything is started."""
+    _token(scenario)
     if not scenario.run.link.startswith("netem"):
         return
     for cell in scenario.cells():
@@ -190,27 +192,24 @@ async def _measure(
     command: str,
     console: Console,
 ) -> None:
-    """References, then the bed, then every generation that is missing."""
+    """References, then the bed, then every generation that is missing. With a verifier on another machine the
+    bed comes first: only it can ask that verifier for the references."""
     folder = store.folder
+    external = external_verifier(scenario)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(host_turn(lambda text: console.print(text, highlight=False)))
         progress = stack.enter_context(_progress(console))
-        cpus = CpuSplit.default()
+        cpus = CpuSplit.default() if external is None else CpuSplit.edge_alone()
         task = progress.add_task("the target alone", total=None)
 
         def on_reference(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
-        references, facts = await ensure_references(scenario, jobs, folder, cpus.verifier, on_reference)
-        progress.update(task, visible=False)
-        test = facts.get("selftest")
-        if test is not None and not test["exact"]:
-            console.print(
-                f"[red]this processor's arithmetic is not exact:[/] {test['differing']} of "
-                f"{test['elements']} logits differ; ids may too"
-            )
-        _write_run(scenario, text, store, facts, command)
-        task = progress.add_task("starting nodes", total=None)
+        if external is None:
+            references, facts = await ensure_references(scenario, jobs, folder, cpus.verifier, on_reference)
+            _warn_of_arithmetic(facts.get("selftest"), console)
+            _write_run(scenario, text, store, facts, command)
+        progress.reset(task, total=None, description="starting nodes")
         bed = Testbed(
             folder / "bed",
             target=scenario.models.target,
@@ -219,6 +218,8 @@ async def _measure(
             runtime=scenario.run.runtime,
             link=scenario.run.link,
             seed=scenario.run.seed,
+            external=external,
+            token=_token(scenario),
             cpus=cpus,
             edge_limits=NodeLimits(scenario.nodes.edge_cpu_quota, scenario.nodes.edge_memory_mb),
             cloud_limits=NodeLimits(scenario.nodes.cloud_cpu_quota, scenario.nodes.cloud_memory_mb),
@@ -226,9 +227,30 @@ async def _measure(
             node_args=("--max-context", str(scenario.models.max_context)),
         )
         async with bed:
+            if external is not None:
+                if not bed.packets:
+                    console.print(
+                        f"no UDP packet comes back from {external}: the link is measured with pings"
+                    )
+                progress.reset(task, total=None, description="the target alone, on the verifier")
+                references, facts = await remote_references(scenario, jobs, folder, bed, on_reference)
+                _write_run(scenario, text, store, facts, command)
             progress.update(task, description="sweeping", total=len(jobs), completed=len(jobs) - len(todo))
             progress.reset(task, total=len(jobs), completed=len(jobs) - len(todo), description="sweeping")
             await run_jobs(scenario, todo, references, SweepBed(bed), store, _show_row(progress, task))
+
+
+def _warn_of_arithmetic(test: dict[str, Any] | None, console: Console) -> None:
+    if test is not None and not test["exact"]:
+        console.print(
+            f"[red]this processor's arithmetic is not exact:[/] {test['differing']} of "
+            f"{test['elements']} logits differ; ids may too"
+        )
+
+
+def _token(scenario: Scenario) -> str | None:
+    """The secret of a verifier that was started by hand; None where the testbed makes one up."""
+    return None if scenario.run.verifier is None else scenario.read_token(os.environ.get("DSDLAB_TOKEN", ""))
 
 
 def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
@@ -273,6 +295,7 @@ def _write_run(scenario: Scenario, text: str, store: Store, facts: dict[str, Any
         "runtime": scenario.run.runtime,
         "link": scenario.run.link,
         "selftest": facts.get("selftest"),
+        **({"references": facts["references"]} if "references" in facts else {}),
         "cells": [
             {"cell": scenario.cell_id(c), "generations": scenario.run.repeats, **c.model_dump()}
             for c in scenario.cells()

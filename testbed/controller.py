@@ -20,6 +20,7 @@ from testbed.fabric import VERIFIER, edge_name
 from testbed.lab import Lab, make_lab
 from testbed.links.base import Endpoint, percentile
 from testbed.links.netem import VERIFIER_PORT
+from testbed.links.wan import WanLink
 from testbed.probing import probe_plan
 from testbed.runtimes.base import NodeDied, NodeError, NodeHandle, NodeSpec, RuntimeFailed
 
@@ -29,6 +30,8 @@ ANSWER_GRACE_S = 15.0  # a node keeps its own time limit; this much later the co
 PINGS = (3, 4, 8)
 """Pings of a calibration. The later ones are sent only while the median of all so far contradicts the
 profile: a busy processor or a lost packet makes a few of them late, a wrong link most of them."""
+WAN_PINGS = 9
+"""The same where nobody knows what the round trip is meant to be."""
 SLOTS = 8  # sessions of a verifier that is not told otherwise
 OFFSET_RTT_MS = 20.0  # what a box takes for itself is measured at this round trip
 OFFSET_PROBES = 200
@@ -44,13 +47,21 @@ class CpuSplit:
     @classmethod
     def default(cls, cores: Sequence[int] | None = None) -> CpuSplit:
         """The first half of the usable cores to the verifier, the rest to the drafter; one core is shared."""
-        if cores is None:
-            affinity = getattr(os, "sched_getaffinity", None)
-            cores = sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
+        cores = _usable_cores() if cores is None else cores
         if len(cores) == 1:
             return cls(tuple(cores), tuple(cores))
         half = len(cores) // 2
         return cls(tuple(cores[:half]), tuple(cores[half:]))
+
+    @classmethod
+    def edge_alone(cls) -> CpuSplit:
+        """Every usable core to the drafter: the verifier has a machine of its own."""
+        return cls((), tuple(_usable_cores()))
+
+
+def _usable_cores() -> list[int]:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return sorted(affinity(0)) if affinity else list(range(os.cpu_count() or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +80,11 @@ class Testbed:
     runtime, link: names of scenario files, neither "auto" (see `testbed.host`).
     profiles: what the link of each edge node does until `set_link`; as many edge nodes as there are profiles.
     tcp: the regime until `set_tcp`.
-    cpus: default `CpuSplit.default()`; edge nodes share theirs.
+    cpus: default `CpuSplit.default()`, or `edge_alone()` with an external verifier; edge nodes share theirs.
     edge_limits, cloud_limits: for the edge nodes, each, and the verifier.
-    token: shared by the nodes; a random one by default.
+    external: with link "wan", where a verifier listens that somebody else started; none is started then, and
+        faults that would need its machine raise RuntimeFailed.
+    token: shared by the nodes; a random one by default, the external verifier's with one ("": it wants none).
     edge_target: edge nodes also load the target (mode edge-sd).
     node_args: more options for all nodes, as ("--max-context", "512").
     command: what the interpreter is to run.
@@ -96,6 +109,7 @@ class Testbed:
         cpus: CpuSplit | None = None,
         edge_limits: NodeLimits | None = None,
         cloud_limits: NodeLimits | None = None,
+        external: Endpoint | None = None,
         token: str | None = None,
         edge_target: bool = False,
         node_args: Sequence[str] = (),
@@ -103,13 +117,16 @@ class Testbed:
         start_timeout_s: float = 600.0,
     ) -> None:
         self.run_dir = run_dir.resolve()
-        self.lab: Lab = make_lab(runtime, link, n_edges=len(profiles), seed=seed)
+        self.lab: Lab = make_lab(runtime, link, n_edges=len(profiles), seed=seed, verifier=external)
+        self.external = external
+        self.packets = self.lab.boxes is not None
+        """Whether links are measured with packets; a WAN that lets none through is measured with frames."""
         self.profiles = list(profiles)
         self.tcp = tcp or TcpRegime()
-        self.cpus = cpus or CpuSplit.default()
+        self.cpus = cpus or (CpuSplit.default() if external is None else CpuSplit.edge_alone())
         self._limits = {True: edge_limits or NodeLimits(), False: cloud_limits or NodeLimits()}
         self._models = ("--target", target, "--drafter", drafter, "--precision", precision)
-        self._token = token or secrets.token_hex(16)
+        self._token = (token or secrets.token_hex(16)) if external is None else (token or "")
         self._edge_target = edge_target
         self._node_args = tuple(node_args)
         self._command = tuple(command)
@@ -150,6 +167,8 @@ class Testbed:
             await self.lab.fabric.set_tcp(self.tcp)
 
         async def verifier() -> None:
+            if self.external is not None:
+                return
             await self._start_verifier(0 if self.lab.fabric is None else VERIFIER_PORT)
             await linked.wait()
             await self._point_links()
@@ -181,6 +200,8 @@ class Testbed:
         await _all_or_none(listening, linking, *edges)
         if self.lab.boxes is not None:
             await self._measure_offset()
+        if self.external is not None:
+            self.packets = await self._packets_pass()
 
     async def _measure_offset(self) -> None:
         """Find what the boxes take for themselves, on the path of the first edge, and take it off."""
@@ -194,6 +215,16 @@ class Testbed:
                 boxes.offset_ms[way] = max(0.0, delay_ms - OFFSET_RTT_MS / 2)  # type: ignore[index]
         await boxes.shape(dict(enumerate(self.profiles)))
 
+    async def _packets_pass(self) -> bool:
+        """Whether the first edge's probes come back from a verifier whose network is not ours."""
+        try:
+            await self._probe(0, probe_plan(self.profiles[0]))
+        except NodeError as error:
+            if error.code != "probe":
+                raise
+            return False
+        return True
+
     async def _point_links(self) -> None:
         assert self._verifier is not None
         target = self._verifier.endpoint(self._port)
@@ -202,12 +233,13 @@ class Testbed:
     def _spec(self, name: str, args: tuple[str, ...]) -> NodeSpec:
         edge = name != VERIFIER
         cpus, limits = (self.cpus.drafter if edge else self.cpus.verifier), self._limits[edge]
-        common = ("--control", "stdio", "--token-file", "{dir}/token", "--threads", str(len(cpus)))
+        secret = ("--token-file", "{dir}/token") if self._token else ()
+        common = ("--control", "stdio", *secret, "--threads", str(len(cpus)))
         return NodeSpec(
             name=name,
             args=(*self._command, "drafter" if edge else "verifier", *self._models, *args, *common,
                   *self._node_args),
-            files={"token": self._token + "\n"},
+            files={"token": self._token + "\n"} if self._token else {},
             cpus=cpus,
             cpu_quota=limits.cpu_quota,
             memory_mb=limits.memory_mb,
@@ -230,7 +262,11 @@ class Testbed:
 
     @property
     def verifier(self) -> NodeHandle:
-        """The verifier's node. Raises RuntimeFailed outside the `async with` block."""
+        """The verifier's node. Raises RuntimeFailed when external, and outside the `async with` block."""
+        if self.external is not None:
+            raise RuntimeFailed(
+                f"verifier ws://{self.external}/: started by hand elsewhere, out of our control"
+            )
         if self._verifier is None:
             raise RuntimeFailed("testbed: not started")
         return self._verifier
@@ -256,6 +292,12 @@ class Testbed:
 
         Raises LinkError, or RuntimeFailed where the nodes share the host's TCP.
         """
+        if self.external is not None:
+            if regime != TcpRegime():
+                raise RuntimeFailed(
+                    f"tcp: {regime.label} needs a verifier of the testbed's (this one is external)"
+                )
+            return
         if self.lab.fabric is not None:
             await self.lab.fabric.set_tcp(regime)
         elif (regime.congestion, regime.slow_start_after_idle) != ("auto", True):
@@ -264,7 +306,10 @@ class Testbed:
         self.tcp = regime
 
     async def tcp_state(self, edge: int = 0) -> dict[str, Any]:
-        """TCP as read back: both ends of an edge's connection, and what its namespace says."""
+        """TCP as read back: both ends of an edge's connection, and what its namespace says; empty where the
+        verifier is external."""
+        if self.external is not None:
+            return {}
         state = {"verifier": (await self.verifier.request({"op": "socket"}))["state"]}
         if self.lab.fabric is not None:
             state |= await self.lab.fabric.tcp_state(edge_name(edge))
@@ -285,11 +330,12 @@ class Testbed:
         Raises NodeError, NodeDied or TimeoutError.
         """
         profile = profile or self.profiles[edge]
-        if self.lab.boxes is not None:
+        if self.packets:
             return await self._probe(edge, probe_plan(profile, n))
         begun_s = asyncio.get_running_loop().time()
         rtts_ms: list[float] = []
-        for pings in PINGS if n is None else (n,):
+        rounds = PINGS if self.external is None else (WAN_PINGS,)
+        for pings in rounds if n is None else (n,):
             rtts_ms += await self.ping(pings, edge=edge)
             measure = LinkMeasure(
                 instrument="frames",
@@ -328,10 +374,18 @@ class Testbed:
         state: dict[str, Any] = (await self.edge(edge).request(message, 60.0)).get("socket", {})
         return state
 
+    async def check_verifier(self) -> None:
+        """Raises LinkError when an external verifier no longer takes calls; one of our own is not asked."""
+        for link in self.lab.links:
+            if isinstance(link, WanLink):
+                await link.check()
+
     # -- faults --------------------------------------------------------------------------------------------
 
     async def drop_connections(self, edge: int = 0) -> int:
-        """Reset every connection through an edge's link; how many."""
+        """Reset every connection through an edge's link; how many. Raises RuntimeFailed for a WAN's."""
+        if self.external is not None:
+            raise RuntimeFailed("link wan: nobody can cut it from here")
         return await self.lab.links[edge].drop()
 
     async def kill_verifier(self) -> None:

@@ -77,6 +77,8 @@ def choose(runtime: str, link: str) -> Choice:
             reasons.append(f"not {name}: {why.removeprefix(name + ': ')}")
         return fallback
 
+    if link == "wan":  # there is nothing to shape, and so nothing that needs namespaces
+        return Choice("process" if runtime == AUTO else runtime, link)
     if runtime == AUTO:
         runtime = best([("docker", docker_problem), ("netns", netns_problem)], "process")
         if runtime == "process" and link not in (AUTO, "modelled"):

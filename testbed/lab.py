@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from testbed.fabric import Fabric
-from testbed.links.base import Link, LinkError
+from testbed.links.base import Endpoint, Link, LinkError
 from testbed.links.modelled import ModelledLink
 from testbed.links.netem import Boxes, KernelBoxes, NetemLink
 from testbed.links.uml import UmlBoxes
+from testbed.links.wan import WanLink
 from testbed.runtimes.base import Runtime, RuntimeFailed
 from testbed.runtimes.netns import NetnsRuntime
 from testbed.runtimes.process import ProcessRuntime
@@ -21,7 +22,7 @@ __all__ = ["Lab", "make_lab"]
 
 BOXES: dict[str, Callable[[Fabric], Boxes]] = {"netem": KernelBoxes, "netem-uml": UmlBoxes}
 RUNTIMES = ("process", "netns", "docker")
-LINKS = ("modelled", *BOXES)
+LINKS = ("modelled", *BOXES, WanLink.name)
 
 
 @dataclass(slots=True)
@@ -53,12 +54,23 @@ class Lab:
             await self.fabric.stop()
 
 
-def make_lab(runtime: str, link: str, *, n_edges: int = 1, seed: int = 0) -> Lab:
-    """Parts that are not started. Raises RuntimeFailed or LinkError for names that do not go together."""
+def make_lab(
+    runtime: str, link: str, *, n_edges: int = 1, seed: int = 0, verifier: Endpoint | None = None
+) -> Lab:
+    """Parts that are not started. `verifier`: for link "wan" alone, where one is that was started by hand.
+
+    Raises RuntimeFailed or LinkError for names that do not go together.
+    """
     if runtime not in RUNTIMES:
         raise RuntimeFailed(f"runtime: {runtime!r} is unknown (allowed: {', '.join(RUNTIMES)})")
     if link not in LINKS:
         raise LinkError(f"link: {link!r} is unknown (allowed: {', '.join(LINKS)})")
+    if (link == WanLink.name) != (verifier is not None):
+        raise LinkError(f"link {link}: link wan and a verifier started by hand need each other")
+    if verifier is not None:
+        if runtime != "process":
+            raise LinkError(f"link wan needs runtime process (this one is {runtime})")
+        return Lab(ProcessRuntime(), [WanLink(verifier) for _ in range(n_edges)])
     if runtime == "process":
         if link != "modelled":
             raise LinkError(f"link {link} needs runtime netns or docker: processes share the host's network")

@@ -37,7 +37,7 @@ class SweepBed:
             self._early = asyncio.create_task(bed.calibrate(profile)) if bed.lab.boxes else None
             return {"edge": await bed.reconnect(), **await bed.tcp_state()}
         except (NodeError, TimeoutError) as e:
-            raise CellFailed(_status(e), str(e)) from None
+            raise await self._failed(e) from None
         except (LinkError, RuntimeFailed) as e:
             if not bed.lab.alive:
                 raise
@@ -48,7 +48,7 @@ class SweepBed:
         try:
             return await (early or self._testbed.calibrate(profile))
         except (NodeError, TimeoutError) as e:
-            raise CellFailed(_status(e), f"calibration: {e}") from None
+            raise await self._failed(e, "calibration: ") from None
 
     async def generate(
         self, job: dict[str, Any], timeout_s: float, timeline: Sequence[tuple[float, LinkProfile, str]]
@@ -60,7 +60,7 @@ class SweepBed:
         try:
             record = await self._testbed.generate(job, timeout_s)
         except (NodeError, TimeoutError) as e:
-            raise CellFailed(_status(e), str(e)) from None
+            raise await self._failed(e) from None
         finally:
             steps.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -68,6 +68,17 @@ class SweepBed:
             if timeline:
                 await self._testbed.set_link(base)
         return Generation(record=record, link_changes=changes, link_counters=await self._counted(before))
+
+    async def _failed(self, error: NodeError | TimeoutError, what: str = "") -> CellFailed:
+        """What a failure is to the sweep. Raises LinkError when a verifier elsewhere is gone: then the next
+        generation would fail as this one did."""
+        try:
+            await self._testbed.check_verifier()
+        except LinkError as gone:
+            raise LinkError(
+                f"{gone}; what is finished is kept, the same command goes on from there"
+            ) from None
+        return CellFailed(_status(error), f"{what}{error}")
 
     async def _counted(self, before: dict[str, Any]) -> dict[str, Any]:
         """What went through the link since `before`."""

@@ -13,6 +13,7 @@ from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.runner import CellFailed
 from testbed.control import NodeError
 from testbed.controller import Testbed
+from testbed.links.base import LinkError
 from testbed.sweepbed import SweepBed
 
 BASE = LinkProfile(rtt_ms=20)
@@ -24,6 +25,8 @@ class FakeTestbed:
     def __init__(self, rtts_ms: list[float] | None = None) -> None:
         self.profile = BASE
         self.lab = SimpleNamespace(boxes=None)
+        self.packets, self.external = False, None
+        self.gone: LinkError | None = None
         self.rtts_ms = rtts_ms or []
         self.applied: list[tuple[float, LinkProfile]] = []
         self.packets = 0
@@ -33,6 +36,10 @@ class FakeTestbed:
     async def set_link(self, profile: LinkProfile) -> None:
         self.profile = profile
         self.applied.append((asyncio.get_running_loop().time(), profile))
+
+    async def check_verifier(self) -> None:
+        if self.gone is not None:
+            raise self.gone
 
     async def counters(self) -> dict[str, Any]:
         self.packets += 10
@@ -118,3 +125,21 @@ def test_a_calibration_that_fails_is_the_generation_s_not_the_sweep_s() -> None:
     fake.fails = NodeError("gone", "no connection")
     with pytest.raises(CellFailed, match="no connection"):
         asyncio.run(bed(fake).calibrate(BASE))
+
+
+def test_a_verifier_that_is_gone_ends_the_sweep() -> None:
+    fake = FakeTestbed()
+    fake.fails, fake.gone = (
+        NodeError("timeout", "not finished"),
+        LinkError("no verifier at ws://far:1/ (refused)"),
+    )
+    for work in (bed(fake).calibrate(BASE), bed(fake).generate({}, 1.0, [])):
+        with pytest.raises(LinkError, match=r"no verifier at ws://far:1/ .*; what is finished is kept"):
+            asyncio.run(work)
+
+
+def test_a_wan_is_pinged_without_an_expectation() -> None:
+    fake = FakeTestbed([80.0] * 30)
+    fake.external = "somewhere"
+    measure = asyncio.run(bed(fake).calibrate(BASE))
+    assert (measure.instrument, measure.n, measure.rtt_p50_ms) == ("frames", 9, 80.0)
