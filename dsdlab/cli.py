@@ -31,6 +31,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from dsdlab.models.base import ModelError
     from dsdlab.nodes import GenerationFailed
     from dsdlab.policies import PolicyError
+    from dsdlab.probe import ProbeError
     from dsdlab.protocol import ChannelClosed, ConnectFailed, ListenFailed, ProtocolError, Refused
     from dsdlab.scenario import ScenarioError
     from dsdlab.sweep.store import StoreError
@@ -42,6 +43,7 @@ def _user_errors() -> tuple[type[Exception], ...]:
         ModelError,
         GenerationFailed,
         PolicyError,
+        ProbeError,
         ChannelClosed,
         ConnectFailed,
         ListenFailed,
@@ -110,11 +112,6 @@ def _node_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def _options(kw: dict[str, Any]) -> Any:
     from dsdlab.node_process import NodeOptions
 
-    token = os.environ.get("DSDLAB_TOKEN", "")
-    if (path := kw["token_file"]) is not None:
-        token = read_text(path).strip()
-        if not token:
-            raise UserError(f"token file {path} is empty")
     return NodeOptions(
         target=kw["target"],
         drafter=None if kw["drafter"] == "none" else kw["drafter"],
@@ -123,8 +120,18 @@ def _options(kw: dict[str, Any]) -> Any:
         threads=kw["threads"],
         slots=kw["slots"],
         max_context=kw["max_context"],
-        token=token,
+        token=_token(kw["token_file"]),
     )
+
+
+def _token(path: Path | None) -> str:
+    """The shared secret: of the file, else of the environment; empty where there is none."""
+    if path is None:
+        return os.environ.get("DSDLAB_TOKEN", "")
+    token = read_text(path).strip()
+    if not token:
+        raise UserError(f"token file {path} is empty")
+    return token
 
 
 def read_text(path: Path) -> str:
@@ -295,6 +302,27 @@ def run(prompt: str | None, prompt_file: Path | None, **kw: Any) -> None:
     except ValueError as e:
         raise UserError(str(e)) from None
     guarded(lambda: run_loop(app.run_once(_options(kw), text or "", profile, kw)))
+
+
+@main.command()
+@click.argument("url", metavar="ws://HOST:PORT/")
+@click.option("--token-file", type=click.Path(path_type=Path), help="The verifier's token; or $DSDLAB_TOKEN.")
+@click.option("--n", type=click.IntRange(1, 10_000), default=500, show_default=True, help="Probes.")
+@click.option(
+    "--gap-ms", type=click.FloatRange(0.1, 1000), default=5.0, show_default=True, help="Between two."
+)
+@click.option("--rate-mbit", type=click.FloatRange(0.001, 100_000), help="Also measure rates of about this.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def probe(
+    url: str, token_file: Path | None, n: int, gap_ms: float, rate_mbit: float | None, as_json: bool
+) -> None:
+    """Measure the path to a verifier with UDP packets: RTT, losses each way, reordering, rate."""
+    import json
+
+    from testbed import probe_report
+
+    found = guarded(lambda: probe_report.probe(url, _token(token_file), n, gap_ms / 1e3, rate_mbit))
+    click.echo(json.dumps(found.as_json()) if as_json else "\n".join(found.lines()))
 
 
 @main.command()
