@@ -59,7 +59,7 @@ class PathReport:
         else:
             out.append("RTT         unknown: no probe came back, only the verifier's count of them")
         if m.up.delay_p50_ms is not None and m.down.delay_p50_ms is not None:
-            note = "" if self.one_clock else " (the machines' clocks differ: only the sum is a delay)"
+            note = "" if self.one_clock else " (two clocks: only the sum is a delay)"
             out.append(
                 f"one way     up {m.up.delay_p50_ms:.2f} ms, down {m.down.delay_p50_ms:.2f} ms, p50{note}"
             )
