@@ -375,7 +375,9 @@ class Testbed:
         return state
 
     async def check_verifier(self) -> None:
-        """Raises LinkError when an external verifier no longer takes calls; one of our own is not asked."""
+        """Raises NodeDied when our own verifier has ended, LinkError when an external one takes no calls."""
+        if self._verifier is not None and self._verifier.returncode is not None:
+            await self._verifier.request({"op": "socket"})  # which says how it ended
         for link in self.lab.links:
             if isinstance(link, WanLink):
                 await link.check()

@@ -28,13 +28,16 @@ class SweepBed:
         bed = self._testbed
         if self._early is not None:
             self._early.cancel()
+            self._early = None
         try:
             await bed.set_link(profile)
             if tcp != bed.tcp:
                 await bed.set_tcp(tcp)
             elif not bed.lab.boxes:
                 return {}
-            self._early = asyncio.create_task(bed.calibrate(profile)) if bed.lab.boxes else None
+            if bed.lab.boxes:
+                self._early = asyncio.create_task(bed.calibrate(profile))
+                self._early.add_done_callback(_look)
             return {"edge": await bed.reconnect(), **await bed.tcp_state()}
         except (NodeError, TimeoutError) as e:
             raise await self._failed(e) from None
@@ -70,8 +73,8 @@ class SweepBed:
         return Generation(record=record, link_changes=changes, link_counters=await self._counted(before))
 
     async def _failed(self, error: NodeError | TimeoutError, what: str = "") -> CellFailed:
-        """What a failure is to the sweep. Raises LinkError when a verifier elsewhere is gone: then the next
-        generation would fail as this one did."""
+        """What a failure is to the sweep. Raises NodeDied when the verifier has ended, LinkError when one
+        elsewhere is gone: then the next generation would fail as this one did."""
         try:
             await self._testbed.check_verifier()
         except LinkError as gone:
@@ -96,6 +99,12 @@ class SweepBed:
             await asyncio.sleep(begun_s + at_s - loop.time())
             await self._testbed.set_link(profile)
             changes.append((loop.time() - begun_s, what))
+
+
+def _look(early: asyncio.Task[LinkMeasure]) -> None:
+    """Nobody may ask for it: when the bed is lost, what is said about that is enough."""
+    if not early.cancelled():
+        early.exception()
 
 
 def _status(error: NodeError | TimeoutError) -> str:

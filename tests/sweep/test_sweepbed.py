@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from dsdlab.sim.profile import LinkProfile, LinkStep
+from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.runner import CellFailed
-from testbed.control import NodeError
+from testbed.control import NodeDied, NodeError
 from testbed.controller import Testbed
 from testbed.links.base import LinkError
 from testbed.sweepbed import SweepBed
@@ -25,6 +26,8 @@ class FakeTestbed:
     def __init__(self, rtts_ms: list[float] | None = None) -> None:
         self.profile = BASE
         self.lab = SimpleNamespace(boxes=None)
+        self.tcp: TcpRegime | None = None
+        self.reconnect: Any = None
         self.packets, self.external = False, None
         self.gone: LinkError | None = None
         self.rtts_ms = rtts_ms or []
@@ -136,6 +139,27 @@ def test_a_verifier_that_is_gone_ends_the_sweep() -> None:
     for work in (bed(fake).calibrate(BASE), bed(fake).generate({}, 1.0, [])):
         with pytest.raises(LinkError, match=r"no verifier at ws://far:1/ .*; what is finished is kept"):
             asyncio.run(work)
+
+
+def test_a_measurement_that_nobody_waits_for_dies_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    """The bed is lost while the link is measured and the connection made: one of the two says so."""
+    fake = FakeTestbed()
+    fake.lab, fake.tcp = SimpleNamespace(boxes=True), TcpRegime()
+    fake.fails = NodeDied("edge0 was killed")
+
+    async def reconnect() -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        raise NodeDied("edge0 was killed")
+
+    fake.reconnect = reconnect
+
+    async def main() -> None:
+        with pytest.raises(NodeDied):
+            await bed(fake).set_link(BASE, TcpRegime())
+
+    asyncio.run(main())
+    gc.collect()
+    assert caplog.records == []
 
 
 def test_a_wan_is_pinged_without_an_expectation() -> None:

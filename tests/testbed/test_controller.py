@@ -84,6 +84,8 @@ def test_work_link_and_faults(tmp_path: Path) -> None:
                 await testbed.kill_verifier()
                 await testbed.generate({"max_new_tokens": 5}, timeout_s=0.3)
             assert caught.value.code == "timeout"
+            with pytest.raises(NodeDied, match="verifier was killed by SIGKILL"):
+                await testbed.check_verifier()
         assert Ledger(tmp_path / "objects.jsonl", "x").left() == []
         with pytest.raises(RuntimeFailed, match="not started"):
             await testbed.ping()
