@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -79,7 +80,8 @@ def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple
     _check_links(scenario)
     prompts = load_prompts(scenario.workload, path)
     if not scenario.models.target.startswith("emulated:"):
-        console.print(f"target [bold]{scenario.models.target}[/], drafter {scenario.models.drafter}")
+        target, drafter = escape(scenario.models.target), escape(scenario.models.drafter)
+        console.print(f"target [bold]{target}[/], drafter {drafter}")
     scenario = scenario.pinned(content_digest(scenario, prompts))
     tokenizer = load_tokenizer(scenario.models.target)
     ids = [encode_prompt(p, tokenizer) for p in prompts]
@@ -128,6 +130,8 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         axes["jitter ms"] = lambda c: f"{c.jitter_ms:g}"
     if any(c.tcp.label for c in cells):
         axes["TCP"] = lambda c: c.tcp.label or "default"
+    if scenario.run.link == "wan":  # nobody knows, and nobody asks
+        del axes["rate Mbit/s"], axes["loss %"]
     table = Table(title=f"{scenario.name}: {len(cells)} cells × {scenario.run.repeats} repeats")
     for name in axes:
         table.add_column(name, justify="left" if name in ("cell", "mode", "TCP") else "right")
@@ -138,7 +142,9 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         console.print(f"during every generation: {describe_steps(scenario.steps)}", highlight=False)
     seconds = estimate_s(jobs, scenario.workload.max_new_tokens)
     where = f"runtime {scenario.run.runtime}, link {scenario.run.link}"
-    console.print(f"{len(jobs)} generations, about {seconds / 60:.0f} min; {where}; results to {folder}")
+    console.print(
+        f"{len(jobs)} generations, about {seconds / 60:.0f} min; {where}; results to {folder}", markup=False
+    )
 
 
 def results_folder(out: Path, scenario: Scenario) -> Path:
@@ -162,10 +168,10 @@ async def sweep(
         aside = folder.with_name(f"{folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
         with Store(folder):  # not under the hands of a sweep that is writing to it
             folder.rename(aside)
-        console.print(f"earlier results moved to {aside}")
+        console.print(f"earlier results moved to {aside}", markup=False)
     with Store(folder) as store:
         for problem in store.problems:
-            console.print(f"[yellow]unreadable line set aside:[/] {problem}", highlight=False)
+            console.print(f"[yellow]unreadable line set aside:[/] {escape(problem)}", highlight=False)
         todo = remaining(jobs, store.rows)
         if len(todo) < len(jobs):
             console.print(f"{len(jobs) - len(todo)} of {len(jobs)} generations are already there")
@@ -235,9 +241,16 @@ async def _measure(
                 progress.reset(task, total=None, description="the target alone, on the verifier")
                 references, facts = await remote_references(scenario, jobs, folder, bed, on_reference)
                 _write_run(scenario, text, store, facts, command)
+            _note_bed(folder, await bed.facts())
             progress.update(task, description="sweeping", total=len(jobs), completed=len(jobs) - len(todo))
             progress.reset(task, total=len(jobs), completed=len(jobs) - len(todo), description="sweeping")
             await run_jobs(scenario, todo, references, SweepBed(bed), store, _show_row(progress, task))
+
+
+def _note_bed(folder: Path, facts: dict[str, Any]) -> None:
+    """Add what the bed is made of to the run's provenance."""
+    path = folder / "run.json"
+    write_json(path, {**(read_json(path) or {}), "bed": facts})
 
 
 def _warn_of_arithmetic(test: dict[str, Any] | None, console: Console) -> None:
@@ -257,9 +270,9 @@ def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
     def show(row: Row) -> None:
         what = f"{row.mode} RTT {row.rtt_ms:g} ms ({row.link} link)"
         if row.excluded:
-            progress.console.print(f"[yellow]excluded:[/] {what}: {row.excluded}", highlight=False)
+            progress.console.print(f"[yellow]excluded:[/] {what}: {escape(row.excluded)}", highlight=False)
         if row.status != "ok":
-            progress.console.print(f"[yellow]{row.status}:[/] {what}: {row.error}", highlight=False)
+            progress.console.print(f"[yellow]{row.status}:[/] {what}: {escape(row.error)}", highlight=False)
         elif row.exact is False:
             progress.console.print(f"[red]not exact:[/] {what}, prompt {row.prompt}, seed {row.seed}")
         timing = "" if row.tpot_ms is None else f" {row.tpot_ms:.0f} ms/token"

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dsdlab.models.base import ModelError
@@ -55,8 +56,8 @@ def show(as_json: bool, selftest: bool) -> int:
         return 0 if exact else 1
     table = Table(show_header=False, box=None, pad_edge=False)
     for f in findings:
-        how = f"\n[dim]to get it: {f.how}[/]" if f.how and f.status == "missing" else ""
-        table.add_row(f"[{_STYLE[f.status]}]{f.status}[/]", f"[bold]{f.name}[/]", f"{f.detail}{how}")
+        how = f"\n[dim]to get it: {escape(f.how)}[/]" if f.how and f.status == "missing" else ""
+        table.add_row(f"[{_STYLE[f.status]}]{f.status}[/]", f"[bold]{f.name}[/]", f"{escape(f.detail)}{how}")
     console = Console()
     console.print(table)
     console.print(f"auto is: [bold]{choice.runtime}[/] runtime, [bold]{choice.link}[/] link", highlight=False)

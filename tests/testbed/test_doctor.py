@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testbed import doctor
+from testbed import doctor, doctor_report
 from testbed.doctor import Finding, probe_host
 
 
@@ -65,3 +65,14 @@ def test_a_bare_host_misses_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         assert found[name].status == "missing"
     assert found["tc"].how == "apt install iproute2"
     assert found["congestion control"].detail == "unknown"
+
+
+def test_what_looks_like_markup_is_printed_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finding = Finding("docker", "missing", "DOCKER_HOST is tcp://[/x]", "unset [/y]")
+    monkeypatch.setattr(doctor_report, "probe_host", lambda: [finding])
+    assert doctor_report.show(as_json=False, selftest=False) == 0
+    out = capsys.readouterr().out
+    assert "tcp://[/x]" in out
+    assert "unset [/y]" in out
