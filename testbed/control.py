@@ -68,6 +68,12 @@ class ControlLines:
                 future.set_exception(error)
         self._waiting.clear()
 
+    async def ended(self, within_s: float) -> None:
+        """Raises why the other side ended before it was ready, if it does within that time."""
+        await asyncio.wait([self.ready], timeout=within_s)
+        if self.ready.done():
+            self.ready.result()
+
     def send(self, message: dict[str, Any]) -> None:
         """Write a line that has no answer. Raises NodeDied."""
         if self._failed is not None:

@@ -76,6 +76,10 @@ def check_cpus(spec: NodeSpec) -> None:
             raise RuntimeFailed(f"{spec.name}: cpus {list(spec.cpus)} not available (usable: {usable})")
 
 
+WIRING_END_S = 1.0
+"""How long to wait, when a node cannot be wired, for the news that it has ended: that is the reason then."""
+
+
 class Wiring(Protocol):
     """Gives nodes that have a network namespace of their own their one interface, and an address."""
 
@@ -130,6 +134,10 @@ class Runtime(ABC):
     @abstractmethod
     async def start_node(self, spec: NodeSpec, timeout_s: float = 300.0) -> NodeHandle:
         """Start a node and wait for its ready line. Raises NodeDied, NodeError, RuntimeFailed."""
+
+    def facts(self) -> dict[str, Any]:
+        """What nodes are made of here beyond the host's own parts, for provenance."""
+        return {}
 
     @abstractmethod
     async def stop(self) -> None:

@@ -25,8 +25,9 @@ from testbed.container import Container, Events, call, in_full
 from testbed.engine import connect, one_line, remove, socket_path
 from testbed.image import image_name, image_problem
 from testbed.ledger import process_start
-from testbed.links.base import Endpoint
+from testbed.links.base import Endpoint, LinkError
 from testbed.runtimes.base import (
+    WIRING_END_S,
     NodeHandle,
     NodeSpec,
     Runtime,
@@ -170,13 +171,20 @@ class DockerRuntime(Runtime):
             await container.attach()
             await call(container.start)
             if container.pid:
-                await self._wiring.attach(spec.name, container.pid)
+                await self._wire(spec, container)
             container.begin()
             return DockerNode(container, address, await container.wait_ready(timeout_s))
         except BaseException as error:
             await in_full(container.destroy())
             if isinstance(error, (DockerException, OSError)):
                 raise RuntimeFailed(self._what_failed(spec, error)) from None
+            raise
+
+    async def _wire(self, spec: NodeSpec, container: Container) -> None:
+        try:
+            await self._wiring.attach(spec.name, container.pid)
+        except LinkError:
+            await container.control.ended(WIRING_END_S)
             raise
 
     def _what_failed(self, spec: NodeSpec, error: Exception) -> str:

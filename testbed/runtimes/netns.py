@@ -11,7 +11,8 @@ from typing import ClassVar
 
 from testbed.child import Child
 from testbed.fabric import Fabric
-from testbed.runtimes.base import NodeSpec
+from testbed.links.base import LinkError
+from testbed.runtimes.base import WIRING_END_S, NodeSpec
 from testbed.runtimes.process import ProcessRuntime
 
 __all__ = ["NetnsRuntime"]
@@ -33,6 +34,10 @@ class NetnsRuntime(ProcessRuntime):
         return [*self._fabric.user_options, "--new-net", "--wait"]
 
     async def _connect(self, spec: NodeSpec, child: Child) -> None:
-        await self._fabric.namespace_made(child.pid)
-        await self._fabric.attach(spec.name, child.pid)
+        try:
+            await self._fabric.namespace_made(child.pid)
+            await self._fabric.attach(spec.name, child.pid)
+        except LinkError:
+            await child.control.ended(WIRING_END_S)
+            raise
         child.write(b"\n")

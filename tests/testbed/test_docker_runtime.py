@@ -262,6 +262,20 @@ def test_wiring_that_fails_and_a_name_that_is_taken(tmp_path: Path, run_id: str,
     run(body())
 
 
+def test_a_death_before_the_wiring_is_the_reason(tmp_path: Path, run_id: str) -> None:
+    class Slow(VethWiring):
+        async def attach(self, node: str, pid: int) -> None:
+            os.kill(pid, signal.SIGKILL)
+            raise LinkError(f"{node}: no cable for {pid}")
+
+    async def body() -> None:
+        async with runtime_in(tmp_path, run_id, Slow()) as runtime:
+            with pytest.raises(NodeDied, match="verifier was killed by SIGKILL before it was ready"):
+                await runtime.start_node(spec())
+
+    run(body())
+
+
 def test_a_cancelled_start_leaves_nothing(tmp_path: Path, run_id: str, engine: Any) -> None:
     async def body() -> None:
         async with runtime_in(tmp_path, run_id) as runtime:
