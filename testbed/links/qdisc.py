@@ -64,7 +64,7 @@ def netem_arguments(profile: LinkProfile, direction: Direction, offset_ms: float
     words += _loss(profile)
     if profile.reorder_pct:
         words += ["reorder", f"{profile.reorder_pct:g}%"]
-    return [*words, "rate", f"{(UNLIMITED_MBIT if rate is None else rate) * 1e3:.0f}kbit"]
+    return [*words, "rate", f"{(UNLIMITED_MBIT if rate is None else rate) * 1e3:.10g}kbit"]
 
 
 def _loss(profile: LinkProfile) -> list[str]:

@@ -26,6 +26,11 @@ def test_split_offset_and_rate() -> None:
     )
 
 
+def test_slow_rates_are_not_rounded() -> None:
+    assert words(LinkProfile(rate_up_mbit=0.0015)).endswith(" rate 1.5kbit")
+    assert words(LinkProfile(rate_up_mbit=1234.5678)).endswith(" rate 1234567.8kbit")
+
+
 def test_a_box_cannot_be_faster_than_itself() -> None:
     assert " delay 0us " in words(LinkProfile(rtt_ms=0.1), "up", 0.2)
 
