@@ -195,6 +195,8 @@ def namespaces() -> Finding:
     if status == 0:
         who = "as root" if os.geteuid() == 0 else "in a user namespace, without root"
         return Finding(name, "ok", f"network namespaces can be made ({who}): runtime netns")
+    if status == 127:
+        return Finding(name, "missing", "a trial did not end in time", "try again on a quieter host")
     how = "sysctl -w kernel.unprivileged_userns_clone=1 (or kernel.apparmor_restrict_unprivileged_userns=0)"
     return Finding(name, "missing", f"refused: {os.strerror(status)}", how)
 

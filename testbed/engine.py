@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import getpass
 import os
 import socket
 import time
@@ -15,9 +14,10 @@ from testbed.runtimes.base import RuntimeFailed
 if TYPE_CHECKING:
     from docker import DockerClient
 
-__all__ = ["START", "connect", "one_line", "socket_path"]
+__all__ = ["NEEDS_ROOT", "START", "connect", "one_line", "socket_path"]
 
 START = "scripts/docker.sh start"
+NEEDS_ROOT = "docker: containers get their links from root (sudo dsdlab …)"
 REMOVAL_S = 20.0  # the engine may be slow on a busy host
 
 
@@ -51,7 +51,7 @@ def connect(timeout_s: float = 120.0) -> DockerClient:
 
 def _why(path: Path, error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM):
-        return f"not allowed to use {path}: sudo usermod -aG docker {getpass.getuser()}, then log in again"
+        return f"not allowed to use {path}: sudo usermod -aG docker $USER, then log in again"
     if error.errno == errno.ENOENT:
         return f"no engine runs (no {path}): {START}, or install docker.io"
     return f"no engine answers at {path} ({error.strerror}): {START}"

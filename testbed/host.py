@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import socket
@@ -50,11 +51,11 @@ def netem_problem() -> str:
 
 def docker_problem() -> str:
     """Why nodes cannot live in containers here, with the mend; empty where they can."""
-    from testbed.engine import connect
+    from testbed.engine import NEEDS_ROOT, connect
     from testbed.image import image_problem
 
     if os.geteuid() != 0:
-        return "docker: containers get their links from root (sudo dsdlab …)"
+        return NEEDS_ROOT
     try:
         client = connect(timeout_s=10.0)
     except RuntimeFailed as error:
@@ -104,7 +105,9 @@ async def host_turn(say: Callable[[str], None]) -> AsyncIterator[None]:
             try:
                 turn.bind(TURN)
                 break
-            except OSError:
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:  # no abstract sockets, so no turns (elsewhere than Linux)
+                    break
                 if not waiting:
                     say("another dsdlab measures on this host; waiting for it to end (Ctrl-C gives up)")
                     waiting = True

@@ -71,7 +71,7 @@ def image_problem(client: DockerClient) -> str | None:
         labels = client.images.get(name).labels
     except ImageNotFound:
         return f"docker: there is no image {name}: make image"
-    except APIError as error:
+    except (APIError, OSError) as error:  # it refuses, or has gone or hangs
         return f"docker: image {name}: {one_line(error)}"
     wanted = dependencies_digest()
     if wanted is not None and labels.get(DIGEST_LABEL) != wanted:

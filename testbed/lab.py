@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from testbed.engine import NEEDS_ROOT
 from testbed.fabric import Fabric
 from testbed.links.base import Endpoint, Link, LinkError
 from testbed.links.modelled import ModelledLink
@@ -79,6 +80,8 @@ def make_lab(
     fabric = Fabric(n_edges, flat=link == "modelled")
     if runtime == "netns":
         return _wired(NetnsRuntime(fabric), fabric, link, seed)
+    if fabric.rootless:
+        raise RuntimeFailed(NEEDS_ROOT)
     from testbed.runtimes.docker import DockerRuntime
 
     return _wired(DockerRuntime(fabric, run_id=uuid.uuid4().hex[:8]), fabric, link, seed)

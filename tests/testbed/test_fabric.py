@@ -23,7 +23,7 @@ from testbed.fabric import VERIFIER, Fabric
 from testbed.host import choose, host_turn
 from testbed.lab import make_lab
 from testbed.links.base import LinkError
-from testbed.runtimes.base import NodeHandle, NodeSpec, RuntimeFailed
+from testbed.runtimes.base import NodeDied, NodeHandle, NodeSpec, RuntimeFailed
 from testbed.runtimes.netns import NetnsRuntime
 
 IDLE = 'import sys; print(\'{"op":"ready"}\', flush=True); sys.stdin.read()'
@@ -108,6 +108,25 @@ def test_a_node_may_die_and_start_again(tmp_path: Path) -> None:
     run(body())
 
 
+def test_a_node_that_dies_before_it_is_wired_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need_netns()
+
+    async def body() -> None:
+        async with wired(tmp_path) as (fabric, runtime, _):
+            attach = fabric.attach
+
+            async def too_late(node: str, pid: int) -> None:
+                os.kill(pid, signal.SIGKILL)
+                await asyncio.sleep(0.1)
+                await attach(node, pid)
+
+            monkeypatch.setattr(fabric, "attach", too_late)
+            with pytest.raises(NodeDied, match="edge1 was killed by SIGKILL before it was ready"):
+                await runtime.start_node(NodeSpec(name="edge1", args=("-c", IDLE)), 20)
+
+    run(body())
+
+
 def test_a_fabric_that_dies_says_so(tmp_path: Path) -> None:
     need_netns()
 
@@ -182,6 +201,12 @@ def test_names_that_do_not_go_together() -> None:
         make_lab("cloud", "modelled")
 
 
+def test_containers_need_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    with pytest.raises(RuntimeFailed, match="docker: containers get their links from root"):
+        make_lab("docker", "netem-uml")
+
+
 def test_auto_is_the_most_real_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     from testbed import host
 
@@ -224,6 +249,16 @@ def test_controllers_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     assert holding == ["first", "first", "second", "second"]
     assert len(said) == 1
     assert "waiting for it to end" in said[0]
+
+
+def test_without_abstract_sockets_there_are_no_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("testbed.host.TURN", str(tmp_path / "no" / "such" / "folder"))
+
+    async def body() -> None:
+        async with asyncio.timeout(5), host_turn(pytest.fail):
+            pass
+
+    run(body())
 
 
 def test_a_killed_controller_gives_its_turn_back(monkeypatch: pytest.MonkeyPatch) -> None:
