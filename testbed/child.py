@@ -162,9 +162,10 @@ class Child:
         finally:
             if self._process.returncode is None:  # cancelled by the end of the event loop
                 self.kill()
-            else:
-                self._ledger.gone("process", self.pid)
             self.control.fail(NodeDied(self.obituary()))
+            if self._process.returncode is not None:
+                with contextlib.suppress(OSError):  # a full disk, or the run's folder is gone
+                    self._ledger.gone("process", self.pid)
 
     def obituary(self) -> str:
         """One line on how it ended."""

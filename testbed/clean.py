@@ -67,4 +67,4 @@ def _folders(results: Path) -> list[str]:
             doomed.append(folder)
     for folder in doomed:
         shutil.rmtree(folder, ignore_errors=True)
-    return [f"folder {folder}" for folder in doomed]
+    return [f"folder {folder}" for folder in doomed if not folder.exists()]
