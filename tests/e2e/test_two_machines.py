@@ -101,6 +101,8 @@ def test_probe(tmp_path: Path, verifier: ByHand) -> None:
 
 def test_a_sweep_over_a_wan_is_exact(tmp_path: Path, verifier: ByHand) -> None:
     (tmp_path / "s.toml").write_text(scenario(verifier, 2, 60))
+    plan = dsdlab("sweep", "s.toml", "--dry-run", cwd=tmp_path).stderr
+    assert "runtime process, link wan" in plan and "unlimited" not in plan
     done = dsdlab("sweep", "s.toml", "--out", "out", cwd=tmp_path, timeout_s=280)
     assert done.returncode == 0, done.stderr
     assert f"exact: {2 * PAIRS} of {2 * PAIRS} generations" in done.stdout
