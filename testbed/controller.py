@@ -353,6 +353,12 @@ class Testbed:
         answer = await self.edge(edge).request({"op": "probe", **plan}, wait_s)
         return msgspec.convert(answer["measure"], LinkMeasure)
 
+    async def facts(self) -> dict[str, Any]:
+        """What the bed was made of, for provenance. Raises LinkError."""
+        cpus = {"verifier": list(self.cpus.verifier), "edges": list(self.cpus.drafter)}
+        boxes = {} if self.lab.boxes is None else await self.lab.boxes.facts()
+        return {"cpus": cpus, **self.lab.runtime.facts(), **boxes}
+
     async def counters(self, edge: int = 0) -> dict[str, Any]:
         """Packets, bytes and drops of a netem link's two qdiscs; empty for other links. Raises LinkError."""
         return {} if self.lab.boxes is None else await self.lab.boxes.counters(edge)

@@ -299,6 +299,7 @@ def _provenance(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("drafter", _model_text(models["drafter"]) if models.get("drafter") else ""),
         ("runtime", _flat(run.get("runtime", ""))),
         ("link", _flat(run.get("link", ""))),
+        ("bed", _flat(run.get("bed") or "")),
         ("references", str(run.get("references", ""))),
         ("bit-exactness self-test", _flat(run.get("selftest") or "")),
         ("started", str(run.get("started_at", ""))),

@@ -67,6 +67,11 @@ class Boxes(ABC):
         ]
         await self.tc("-batch", "-", lines=lines)
 
+    async def facts(self) -> dict[str, Any]:
+        """What the boxes are, for provenance. Raises LinkError."""
+        offset = {way: round(ms, 4) for way, ms in self.offset_ms.items()}
+        return {"tc": (await self.tc("-V")).strip(), "box_offset_ms": offset}
+
     async def counters(self, edge: int) -> dict[str, dict[str, int]]:
         """Packets, bytes and drops of an edge's two qdiscs since they were made. Raises LinkError."""
         text = await self.tc("-s", "-j", "qdisc", "show")

@@ -17,6 +17,7 @@ import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dsdlab.sim.profile import Direction, LinkProfile
 from testbed import agent
@@ -50,6 +51,11 @@ def uml_problem() -> str:
         mend = "modprobe tun" if not tun.exists() else f"chmod 666 {tun}"
         return f"{tun}: {(error.strerror or 'cannot be opened').lower()} ({mend})"
     return ""
+
+
+def router_kernel() -> str:
+    """The version of the router's kernel, by its modules."""
+    return ", ".join(sorted(path.name for path in MODULES.glob("*")))
 
 
 def _start_script(n_boxes: int) -> str:
@@ -139,6 +145,9 @@ class UmlBoxes(Boxes):
         except (NodeDied, NodeError, TimeoutError) as error:
             raise LinkError(f"link netem-uml: {error}") from error
         return str(answer["outputs"][0])
+
+    async def facts(self) -> dict[str, Any]:
+        return {**await super().facts(), "router_kernel": router_kernel()}
 
     async def stop(self) -> None:
         if self._child is not None:

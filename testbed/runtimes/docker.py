@@ -124,6 +124,7 @@ class DockerRuntime(Runtime):
         self._wiring = wiring
         self._run_id = run_id
         self._run_dir: Path | None = None
+        self._facts: dict[str, str] = {}
         self._client: DockerClient | None = None
         self._events: Events | None = None
         self._containers: dict[str, Container] = {}
@@ -149,7 +150,15 @@ class DockerRuntime(Runtime):
         problem = image_problem(self._client)
         if problem is not None:
             raise RuntimeFailed(problem)
+        image = self._client.images.get(image_name())
+        self._facts = {
+            "image": f"{image_name()} {image.short_id}",
+            "engine": self._client.version()["Version"],
+        }
         reap_containers(self._client)
+
+    def facts(self) -> dict[str, Any]:
+        return dict(self._facts)
 
     async def start_node(self, spec: NodeSpec, timeout_s: float = 300.0) -> NodeHandle:
         from docker.errors import DockerException

@@ -33,7 +33,7 @@ def job(mode: str, seed: int = 7, **more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync"])
 def test_kill_verifier_and_cut_connections(tmp_path: Path, mode: str) -> None:
     async def main() -> None:
-        bed = Testbed(tmp_path, target=TARGET, drafter=DRAFTER, profile=LinkProfile(rtt_ms=4))
+        bed = Testbed(tmp_path, target=TARGET, drafter=DRAFTER, profiles=[LinkProfile(rtt_ms=4)])
         async with bed:
             task = asyncio.create_task(bed.generate(job(mode), 60))
             await asyncio.sleep(0.25)
