@@ -86,7 +86,7 @@ class Bench:
         return out
 
     async def iperf3(self, *arguments: str) -> dict[str, float]:
-        """A run from the edge to the verifier; the receiver's numbers. Raises SystemExit after three failures.
+        """A run from the edge to the verifier; the receiver's numbers. Raises SystemExit in the end.
 
         Its own control connection crosses the link as well, and may give up on a lossy one.
         """
