@@ -58,6 +58,11 @@ def netem_arguments(profile: LinkProfile, direction: Direction, offset_ms: float
             f"jitter_ms: {profile.jitter_ms:g} is more than rtt_ms {profile.rtt_ms:g} less the "
             f"{offset_ms:.2f} ms that the box itself takes {direction} (allowed: up to {most_ms:.2f})"
         )
+    if profile.reorder_pct > 0.0 and round(1e3 * delay_ms) == 0:
+        raise LinkError(
+            f"reorder_pct: {profile.reorder_pct:g} without any delay {direction} (rtt_ms {profile.rtt_ms:g}, "
+            f"of which the box itself takes {offset_ms:.2f}): there is nothing to overtake"
+        )
     words = ["limit", str(queue_packets(profile, direction)), "delay", f"{1e3 * delay_ms:.0f}us"]
     if jitter_ms:
         words.append(f"{1e3 * jitter_ms:.0f}us")

@@ -69,6 +69,8 @@ def test_the_queue_holds_the_delay_line_and_the_buffer(rate: float, rtt_ms: floa
     [
         ({"rate_up_mbit": 20_000.0}, 0.0, r"rate_up_mbit: 20000 is beyond netem \(allowed: up to 10000"),
         ({"rtt_ms": 10, "reorder_pct": 1, "rate_up_mbit": 5}, 0.0, r"reorder_pct: 1 with a rate of 5 Mbit/s"),
+        ({"rtt_ms": 50, "up_fraction": 0.0, "reorder_pct": 5}, 0.0, "reorder_pct: 5 without any delay up"),
+        ({"rtt_ms": 0.1, "reorder_pct": 5}, 0.06, "reorder_pct: 5 without any delay up"),
         ({"rtt_ms": 10, "jitter_ms": 10}, 0.1, r"jitter_ms: 10 is more than .*allowed: up to 9\.80"),
     ],
 )
