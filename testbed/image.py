@@ -146,18 +146,19 @@ def _pull(name: str) -> str | None:
     from docker.errors import DockerException
 
     client = connect(timeout_s=PULL_TIMEOUT_S)  # no long waits for a registry that is out of reach
+    problem = None
     try:
         repository, _, tag = name.partition(":")
         for event in client.api.pull(repository, tag=tag or "latest", stream=True, decode=True):
-            if "error" in event:
-                return " ".join(str(event["error"]).split())
+            if "error" in event and problem is None:
+                problem = " ".join(str(event["error"]).split())
     except (requests.Timeout, requests.ConnectionError):
         return f"no word from the registry in {PULL_TIMEOUT_S:g} s"
     except DockerException as error:
         return one_line(error)
     finally:
         client.close()
-    return None
+    return problem
 
 
 def _base_python(client: DockerClient, base: str) -> BasePython:
@@ -202,14 +203,14 @@ def _build(client: DockerClient, context: IO[bytes], base: str, digest: str) -> 
         rm=True,
         forcerm=True,
     )
-    said = ""
-    for part in events:
+    said = error = ""
+    for part in events:  # to the end also after an error, or the connection would stay open
         for line in part.splitlines():
             event = json.loads(line)
-            if "error" in event:
-                error = " ".join(str(event["error"]).split())
-                raise RuntimeFailed(f"docker: the build failed: {error}" + (f" ({said})" if said else ""))
-            said = " ".join(str(event.get("stream", "")).split()) or said
+            error = error or " ".join(str(event.get("error", "")).split())
+            said = said if error else " ".join(str(event.get("stream", "")).split()) or said
+    if error:
+        raise RuntimeFailed(f"docker: the build failed: {error}" + (f" ({said})" if said else ""))
 
 
 def _remove_unfinished(client: DockerClient, began_s: float, patience_s: float = 20.0) -> None:
