@@ -20,6 +20,7 @@ import torch
 from dsdlab.decoding import Sampling
 from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Chunk, Engine
+from dsdlab.models.hf_engine import cache_word
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
 from dsdlab.models.zoo import fetch
 from dsdlab.sweep.provenance import cpu_name
@@ -56,15 +57,16 @@ def hf_forward_times(model: Any, ids: list[int], rounds: int) -> dict[int, float
     """The same through transformers with its own dynamic cache."""
     from transformers import DynamicCache
 
+    word = cache_word(model)
     out: dict[int, list[float]] = {rows: [] for rows in ROWS}
     with torch.inference_mode():
         cache = DynamicCache()
-        model(torch.tensor([(ids * CONTEXT)[:CONTEXT]]), past_key_values=cache, use_cache=True)
+        model(torch.tensor([(ids * CONTEXT)[:CONTEXT]]), use_cache=True, **{word: cache})
         for _ in range(rounds):
             for rows in ROWS:
                 feed = torch.tensor([(ids * rows)[:rows]])
                 out[rows].append(
-                    clock_ms(lambda f=feed: model(f, past_key_values=cache, use_cache=True))  # type: ignore[misc]
+                    clock_ms(lambda f=feed: model(f, use_cache=True, **{word: cache}))  # type: ignore[misc]
                 )
                 cache.crop(-rows)
     return {rows: statistics.median(times) for rows, times in out.items()}

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 
+MEND = "apt install iproute2 ethtool util-linux"
 PATH = os.environ.get("PATH", "/usr/bin:/bin") + ":/usr/sbin:/sbin"
 
 
@@ -29,7 +30,7 @@ def run(commands: list[list[str]], text: str) -> dict[str, object]:
                 env={**os.environ, "PATH": PATH},
             )
         except FileNotFoundError:
-            return {"op": "error", "code": "missing", "message": f"no {command[0]} on this host"}
+            return {"op": "error", "code": "missing", "message": f"no {command[0]} on this host ({MEND})"}
         except (OSError, subprocess.TimeoutExpired) as error:
             return {"op": "error", "code": "command", "message": f"{' '.join(command)}: {error}"}
         if done.returncode != 0:

@@ -22,17 +22,14 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsdlab.sim.profile import TcpRegime
 from testbed import agent
-from testbed.child import Child
-from testbed.control import NodeDied, NodeError
-from testbed.ledger import Ledger
 from testbed.links.base import LinkError
+from testbed.links.part import Part
 
 __all__ = ["SUBNET", "VERIFIER", "Fabric", "edge_name"]
 
@@ -95,7 +92,7 @@ class Fabric:
         self.flat = flat
         self.nodes = (VERIFIER, *(edge_name(i) for i in range(n_edges)))
         self.rootless = os.geteuid() != 0
-        self._child: Child | None = None
+        self._agent = Part("fabric")
         self._pids: dict[str, int] = {}
         self._algorithms: list[str] = []
         self.regime = TcpRegime()
@@ -106,14 +103,11 @@ class Fabric:
         """Make the namespace and its bridges. Raises LinkError, naming what this host lacks."""
         options = ["--new-user", "--new-net"] if self.rootless else ["--new-net"]
         try:
-            self._child = await Child.start(
-                "fabric",
-                [sys.executable, "-I", "-S", agent.__file__],
-                log_path=run_dir / "logs" / "fabric.log",
-                ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
-                launch_options=options,
-            )
-            await self._child.wait_ready(REQUEST_TIMEOUT_S)
+            command = [sys.executable, "-I", "-S", agent.__file__]
+            await self._agent.start(command, run_dir, REQUEST_TIMEOUT_S, launch_options=options)
+        except LinkError as error:
+            raise LinkError(f"{error}{self._hint(str(error))}") from error
+        try:
             bridges = sorted({CORE, *(self.bridge_of(node) for node in self.nodes)})
             await self.batch(
                 "ip",
@@ -123,9 +117,6 @@ class Fabric:
                 + ([f"addr add {self.host}/24 dev {CORE}"] if self.flat else []),
             )
             await self.quiet(bridges)
-        except (NodeDied, NodeError) as error:
-            await self.stop()
-            raise LinkError(f"{error}{self._hint(str(error))}") from error
         except BaseException:
             await self.stop()
             raise
@@ -137,21 +128,19 @@ class Fabric:
 
     async def stop(self) -> None:
         """End the agent; the namespace goes when the nodes in it have ended too. Idempotent."""
-        if self._child is not None:
-            await self._child.stop(grace_s=1.0)
-            self._child = None
+        await self._agent.stop()
 
     @property
     def alive(self) -> bool:
         """Whether the namespace is held."""
-        return self._child is not None and self._child.returncode is None
+        return self._agent.alive
 
     @property
     def pid(self) -> int:
         """A process in the namespace. Raises LinkError when it is gone."""
-        if self._child is None or not self.alive:
+        if (pid := self._agent.pid) is None:
             raise LinkError("fabric: not started")
-        return self._child.pid
+        return pid
 
     @property
     def join_options(self) -> list[str]:
@@ -167,19 +156,9 @@ class Fabric:
 
     async def run(self, *commands: Sequence[str], node: str | None = None, text: str = "") -> list[str]:
         """Run commands in the fabric, or in a node's namespace; their outputs. Raises LinkError."""
-        if self._child is None:
-            raise LinkError("fabric: not started")
         prefix = [] if node is None else ["nsenter", f"--net=/proc/{self._node_pid(node)}/ns/net", "--"]
         request = {"op": "run", "commands": [[*prefix, *c] for c in commands], "input": text}
-        try:
-            answer = await self._child.control.request(request, REQUEST_TIMEOUT_S)
-        except NodeError as error:
-            text = str(error)
-            if error.code == "missing":
-                text += " (apt install iproute2 ethtool util-linux)"
-            raise LinkError(text) from error
-        except (NodeDied, TimeoutError) as error:
-            raise LinkError(str(error)) from error
+        answer = await self._agent.ask(request, REQUEST_TIMEOUT_S)
         outputs: list[str] = answer["outputs"]
         return outputs
 

@@ -8,6 +8,7 @@ the padding, and computed again when it grows. Same shapes, same rounding, on an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,11 @@ BLOCK_ROWS = 8
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+def cache_word(model: Any) -> str:
+    """What a model's forward calls its cache: the name changed in transformers 5.24, and the old one warns."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
 class HFEngine(Engine):
     """One transformers model; each session has its own dynamic cache, which holds whole blocks only."""
 
@@ -31,6 +37,7 @@ class HFEngine(Engine):
         self._model = model.eval()
         self._free = list(range(slots))[::-1]
         self._slots = slots
+        self._cache_word = cache_word(model)
         self._cache: dict[int, Any] = {}
         self._ids: dict[int, list[int]] = {}
 
@@ -87,8 +94,8 @@ class HFEngine(Engine):
             logits = self._model(
                 input_ids=torch.tensor([block + [0] * padding], device=self._model.device),
                 position_ids=torch.arange(at, at + BLOCK_ROWS, device=self._model.device)[None],
-                past_key_values=self._cache[chunk.slot],
                 use_cache=True,
+                **{self._cache_word: self._cache[chunk.slot]},
             ).logits[0, : len(block)]  # [rows, vocab]
             if padding:
                 self._drop(chunk.slot, BLOCK_ROWS)

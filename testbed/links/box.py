@@ -246,8 +246,6 @@ class Box:
         reads: list[Any] = [] if control_fd is None else [control_fd]
         writes: list[Any] = []
         readers: dict[socket.socket, _Pipe] = {}
-        if len(self._connections) > 1:  # room at the bottleneck goes round
-            self._connections.append(self._connections.pop(0))
         wake_s = now_s + 3600.0
         reads.extend(port.listener for port in self._ports)
         for connection in self._connections:
@@ -269,13 +267,17 @@ class Box:
                     wake_s = min(wake_s, pipe.queue[0][0].arrival_s - LEAD_S)
         ready, writable, now_s = self._wait(reads, writes, wake_s)
         listeners = {port.listener: port for port in self._ports}
+        served: set[socket.socket] = set()
         for item in ready:
             if item in readers:
-                self._read(readers[item], now_s)
+                if self._read(readers[item], now_s):
+                    served.add(item)
             elif item in listeners:
                 self._accept(listeners[item], now_s)
             elif item == control_fd:
                 self._read_control(item)
+        # Room at the bottleneck goes round: who has had some is asked last next time.
+        self._connections.sort(key=lambda c: c.client in served or c.server in served)
         self._deliver(set(writable))
 
     def _wait(self, reads: list[Any], writes: list[Any], wake_s: float) -> tuple[list[Any], list[Any], float]:
@@ -317,21 +319,23 @@ class Box:
         # A TCP handshake takes a round trip before the client's first byte leaves.
         self._connections.append(_Connection(client, port, now_s + self.up.profile.rtt_ms / 1e3))
 
-    def _read(self, pipe: _Pipe, now_s: float) -> None:
+    def _read(self, pipe: _Pipe, now_s: float) -> bool:
+        """Whether there was room for it to read."""
         limit = pipe.read_limit(now_s)
         if not limit or pipe.src.fileno() < 0:  # another took the room, or dropped in this very turn
-            return
+            return False
         try:
             data = pipe.src.recv(limit)
         except BlockingIOError:
-            return
+            return False
         except OSError:
             pipe.finish(now_s, RST)
-            return
+            return True
         if data:
             pipe.enqueue(now_s, data)
         else:
             pipe.finish(now_s, FIN)
+        return True
 
     def _deliver(self, writable: set[Any]) -> None:
         for connection in list(self._connections):

@@ -21,17 +21,14 @@ import asyncio
 import json
 import os
 import sys
-import uuid
 from pathlib import Path
 from typing import Any
 
 from dsdlab.sim.profile import LinkProfile
-from testbed.child import Child
-from testbed.control import NodeDied, NodeError
 from testbed.fabric import Fabric
-from testbed.ledger import Ledger
 from testbed.links.base import EchoServer, Endpoint, Link, LinkError, LinkProbe, probe_echo
 from testbed.links.box import Box, emit
+from testbed.links.part import Part
 
 __all__ = ["ModelledLink", "main"]
 
@@ -56,10 +53,9 @@ class ModelledLink(Link):
     ) -> None:
         self.profile = profile or LinkProfile()
         self._seed = seed
-        self._box_name = box_name
+        self._box = Part(box_name)
         self._fabric = fabric
         self._host = host if fabric is None else fabric.host
-        self._child: Child | None = None
         self.granted: dict[str, Any] = {}
 
     async def start(self, run_dir: Path) -> Endpoint:
@@ -75,32 +71,14 @@ class ModelledLink(Link):
         argv += ["--profile", json.dumps(self.profile.to_dict())]
         root = str(Path(__file__).parents[2])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH", ""))))
-        try:
-            self._child = await Child.start(
-                self._box_name,
-                argv,
-                log_path=run_dir / "logs" / f"{self._box_name}.log",
-                ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
-                env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
-                launch_options=() if self._fabric is None else self._fabric.join_options,
-            )
-            ready = await self._child.wait_ready(REQUEST_TIMEOUT_S)
-        except (NodeDied, NodeError) as error:
-            await self.stop()
-            raise LinkError(str(error)) from error
-        except BaseException:
-            await self.stop()
-            raise
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        options = () if self._fabric is None else self._fabric.join_options
+        ready = await self._box.start(argv, run_dir, REQUEST_TIMEOUT_S, env=env, launch_options=options)
         self.granted = {key: ready[key] for key in ("timer_slack", "scheduling") if key in ready}
         return Endpoint(self._host, int(ready["port"]))
 
     async def _request(self, op: str, **fields: Any) -> dict[str, Any]:
-        if self._child is None:
-            raise LinkError(f"{self._box_name}: not started")
-        try:
-            return await self._child.control.request({"op": op, **fields}, REQUEST_TIMEOUT_S)
-        except (NodeDied, NodeError, TimeoutError) as error:
-            raise LinkError(str(error)) from error
+        return await self._box.ask({"op": op, **fields}, REQUEST_TIMEOUT_S)
 
     async def set_target(self, target: Endpoint) -> None:
         await self._request("target", target=str(target))
@@ -120,7 +98,7 @@ class ModelledLink(Link):
         try:
             return await probe_echo(await self.open_port(echo.endpoint), n, n_bytes)
         except OSError as error:
-            raise LinkError(f"{self._box_name}: probe failed: {error}") from error
+            raise LinkError(f"{self._box.name}: probe failed: {error}") from error
         finally:
             await asyncio.to_thread(echo.close)
 
@@ -132,18 +110,16 @@ class ModelledLink(Link):
         return stats
 
     async def stop(self) -> None:
-        if self._child is not None:
-            await self._child.stop(grace_s=1.0)
-            self._child = None
+        await self._box.stop()
 
     @property
     def alive(self) -> bool:
-        return self._child is not None and self._child.returncode is None
+        return self._box.alive
 
     @property
     def pid(self) -> int | None:
         """The box's process id while it runs."""
-        return self._child.pid if self._child is not None and self.alive else None
+        return self._box.pid
 
 
 def main(argv: list[str] | None = None) -> int:

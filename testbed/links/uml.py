@@ -14,21 +14,18 @@ from __future__ import annotations
 import shlex
 import shutil
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsdlab.sim.profile import Direction, LinkProfile
 from testbed import agent
-from testbed.child import Child
-from testbed.control import NodeDied, NodeError
 from testbed.fabric import BRIDGE_OPTIONS, CORE, Fabric, offloads_off
-from testbed.ledger import Ledger
 from testbed.links.base import LinkError
 from testbed.links.netem import Boxes
+from testbed.links.part import Part
 
-__all__ = ["MODULES", "UmlBoxes", "uml_problem"]
+__all__ = ["MODULES", "UmlBoxes", "scratch_folder", "uml_problem"]
 
 KERNEL = "linux.uml"
 MODULES = Path("/usr/lib/uml/modules")
@@ -58,16 +55,30 @@ def router_kernel() -> str:
     return ", ".join(sorted(path.name for path in MODULES.glob("*")))
 
 
+def scratch_folder(*needed: str) -> str:
+    """Where the router may write: a folder of the host that it can cover with one in its own memory, because
+    nothing that it needs is below. The project may be anywhere, /tmp included."""
+    used = [
+        Path(path).resolve()
+        for path in (sys.executable, sys.prefix, sys.base_prefix, agent.__file__, *needed)
+    ]
+    for name in ("/run", "/mnt", "/media", "/srv", "/opt"):
+        folder = Path(name)
+        if folder.is_dir() and not any(path.is_relative_to(folder) for path in used):
+            return name
+    raise LinkError("link netem-uml: no folder that the router could cover (allowed: /run, /mnt, /media, …)")
+
+
 def _start_script(n_boxes: int) -> str:
     """What the router's first process, a shell on its console, is told."""
-    modules = "/run/m/lib/modules/$(uname -r)"
+    root = f"{scratch_folder()}/m"
     lines = [
         "PS1=; stty raw -echo",
         "mount -t proc proc /proc; mount -t sysfs sys /sys",
-        "mount -t tmpfs none /run; mount -t tmpfs none /tmp",
-        f"mkdir -p /run/m/lib/modules; ln -s {MODULES}/$(uname -r) {modules}",
+        f"mount -t tmpfs none {scratch_folder()}; mkdir -p {root}/lib/modules",
+        f"ln -s {MODULES}/$(uname -r) {root}/lib/modules/$(uname -r)",
         "PATH=/usr/sbin:/usr/bin:/sbin:/bin; export PATH",
-        "modprobe -d /run/m sch_netem; modprobe -d /run/m bridge",
+        f"modprobe -d {root} sch_netem; modprobe -d {root} bridge",
         "for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do echo 1 > $f; done",
     ]
     for box in range(n_boxes):
@@ -89,7 +100,7 @@ class UmlBoxes(Boxes):
 
     def __init__(self, fabric: Fabric) -> None:
         super().__init__(fabric)
-        self._child: Child | None = None
+        self._router = Part("router", prefix="link netem-uml: ")
 
     async def start(self, run_dir: Path) -> None:
         if problem := uml_problem():
@@ -103,20 +114,11 @@ class UmlBoxes(Boxes):
             await self._make_taps(edge)
             for k, tap in enumerate((f"a{edge}", f"b{edge}")):
                 argv.append(f"vec{2 * edge + k}:transport=tap,ifname={tap},depth={VECTOR_DEPTH},gro=0")
+        script = _start_script(fabric.n_edges).encode()
+        options = [*fabric.join_options, "--new-pid", "--realtime"]
+        await self._router.start(argv, run_dir, BOOT_TIMEOUT_S, first=script, launch_options=options)
         try:
-            self._child = await Child.start(
-                "router",
-                argv,
-                log_path=run_dir / "logs" / "router.log",
-                ledger=Ledger(run_dir / "objects.jsonl", uuid.uuid4().hex[:12]),
-                launch_options=[*fabric.join_options, "--new-pid", "--realtime"],
-            )
-            self._child.write(_start_script(fabric.n_edges).encode())
-            await self._child.wait_ready(BOOT_TIMEOUT_S)
             await self.shape(dict.fromkeys(range(fabric.n_edges), LinkProfile()))
-        except (NodeDied, NodeError) as error:
-            await self.stop()
-            raise LinkError(f"link netem-uml: {error}") from error
         except BaseException:
             await self.stop()
             raise
@@ -136,29 +138,21 @@ class UmlBoxes(Boxes):
         return f"vec{2 * edge + 1}" if direction == "up" else f"vec{2 * edge}"
 
     async def tc(self, *arguments: str, lines: Sequence[str] = ()) -> str:
-        if self._child is None:
-            raise LinkError("link netem-uml: the router is not running")
         text = "".join(f"{line}\n" for line in lines)
         request = {"op": "run", "commands": [["tc", *arguments]], "input": text}
-        try:
-            answer = await self._child.control.request(request, REQUEST_TIMEOUT_S)
-        except (NodeDied, NodeError, TimeoutError) as error:
-            raise LinkError(f"link netem-uml: {error}") from error
-        return str(answer["outputs"][0])
+        return str((await self._router.ask(request, REQUEST_TIMEOUT_S))["outputs"][0])
 
     async def facts(self) -> dict[str, Any]:
         return {**await super().facts(), "router_kernel": router_kernel()}
 
     async def stop(self) -> None:
-        if self._child is not None:
-            await self._child.stop(grace_s=2.0)
-            self._child = None
+        await self._router.stop(grace_s=2.0)
 
     @property
     def alive(self) -> bool:
-        return self._child is not None and self._child.returncode is None
+        return self._router.alive
 
     @property
     def pid(self) -> int | None:
         """The router's process while it runs."""
-        return self._child.pid if self._child is not None and self.alive else None
+        return self._router.pid

@@ -16,16 +16,18 @@ import pytest
 from bed_tools import HERE
 from needs import need_uml
 
-from testbed.links.uml import KERNEL, MODULES
+from testbed.links.uml import KERNEL, MODULES, scratch_folder
 
 pytestmark = pytest.mark.netem
 
+SCRATCH = scratch_folder(__file__)
 SCRIPT = f"""PS1=; stty raw -echo
-mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs none /run; mount -t tmpfs none /tmp
-mkdir -p /run/m/lib/modules; ln -s {MODULES}/$(uname -r) /run/m/lib/modules/$(uname -r)
-export PATH={shlex.quote(os.environ.get("PATH", ""))}:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp TMPDIR=/tmp
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t tmpfs none {SCRATCH}
+mkdir -p {SCRATCH}/m/lib/modules; ln -s {MODULES}/$(uname -r) {SCRATCH}/m/lib/modules/$(uname -r)
+export PATH={shlex.quote(os.environ.get("PATH", ""))}:/usr/sbin:/usr/bin:/sbin:/bin
+export HOME={SCRATCH} TMPDIR={SCRATCH}
 export PYTHONPATH={shlex.quote(str(HERE.parents[1]))} PYTHONDONTWRITEBYTECODE=1
-for m in sch_netem bridge veth; do modprobe -d /run/m $m; done
+for m in sch_netem bridge veth; do modprobe -d {SCRATCH}/m $m; done
 ip link set lo up
 {shlex.quote(sys.executable)} {shlex.quote(str(HERE / "kernel_netem_check.py"))}
 halt -f
