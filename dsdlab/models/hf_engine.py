@@ -25,7 +25,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def cache_word(model: Any) -> str:
-    """What a model's forward calls its cache: the name changed in transformers 5.24, and the old one warns."""
+    """What a model's forward calls its cache: another name since transformers 5.24, where the old warns."""
     return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 

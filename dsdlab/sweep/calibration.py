@@ -7,11 +7,12 @@ interval; its level is high because a sweep makes many such tests and every fals
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import msgspec
 
-from dsdlab.sim.profile import LinkProfile
+from dsdlab.sim.profile import LinkProfile, TcpRegime
 
 __all__ = [
     "LOSS_LEVEL",
@@ -25,6 +26,7 @@ __all__ = [
     "judge",
     "judge_drift",
     "judge_loss",
+    "judge_tcp",
 ]
 
 RTT_TOLERANCE_MS, RTT_TOLERANCE = 0.5, 0.02
@@ -131,6 +133,23 @@ def judge_drift(before: LinkMeasure, after: LinkMeasure) -> str:
     if abs(after.rtt_p50_ms - before.rtt_p50_ms) <= allowed:
         return ""
     return f"RTT is {after.rtt_p50_ms:.2f} ms, was {before.rtt_p50_ms:.2f} ± {allowed:.2f}"
+
+
+def judge_tcp(asked: TcpRegime, read_back: Mapping[str, Any]) -> str:
+    """Where the TCP of a connection's two ends is not what was asked; empty where it is, or was not read."""
+    wrong = []
+    for end in ("edge", "verifier"):
+        state = read_back.get(end) or {}
+        if state.get("nodelay", asked.nodelay) != asked.nodelay:
+            wrong.append(f"nodelay of the {end} is {state['nodelay']}, asked {asked.nodelay}")
+        congestion = state.get("congestion", asked.congestion)
+        if asked.congestion not in ("auto", congestion):
+            wrong.append(f"congestion control of the {end} is {congestion}, asked {asked.congestion}")
+    if read_back.get("slow_start_after_idle", asked.slow_start_after_idle) != asked.slow_start_after_idle:
+        wrong.append(f"slow start after idle is {read_back['slow_start_after_idle']}")
+    if on := read_back.get("offloads_on"):
+        wrong.append(f"offloads are on: {', '.join(on)}")
+    return "; ".join(wrong)
 
 
 def judge_loss(profile: LinkProfile, measures: Iterable[LinkMeasure], level: float = LOSS_LEVEL) -> str:

@@ -14,7 +14,7 @@ import msgspec
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.scenario import Scenario
 from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
-from dsdlab.sweep.calibration import LinkMeasure, judge, judge_drift
+from dsdlab.sweep.calibration import LinkMeasure, judge, judge_drift, judge_tcp
 from dsdlab.sweep.plan import Job, sampling_json
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.store import Store
@@ -140,7 +140,8 @@ async def _set_and_calibrate(bed: Bed, profile: LinkProfile, tcp: TcpRegime, row
     for left in reversed(range(RETRIES + 1)):
         row.tcp["read_back"] = await bed.set_link(profile, tcp)
         row.link_before = _storable(await bed.calibrate(profile))
-        reason = _judge(profile, row, row.link_before)
+        found = (judge_tcp(tcp, row.tcp["read_back"]), _judge(profile, row, row.link_before))
+        reason = "; ".join(filter(None, found))
         if not reason or not left:
             break
     return reason

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsdlab.sim.profile import LinkProfile
+from dsdlab.sim.profile import LinkProfile, TcpRegime
 from dsdlab.sweep.calibration import (
     PING_WIRE_BYTES,
     DirectionMeasure,
@@ -19,6 +19,7 @@ from dsdlab.sweep.calibration import (
     judge,
     judge_drift,
     judge_loss,
+    judge_tcp,
 )
 
 
@@ -140,3 +141,20 @@ def test_a_wan_that_carries_nothing() -> None:
     nothing = measure(0.0, n=0)
     assert judge_drift(nothing, nothing) == judge_drift(measure(9.0), nothing) == "no probe came back"
     assert judge_drift(nothing, measure(9.0)) == "", "before has said so already"
+
+
+def test_tcp_must_be_what_was_asked() -> None:
+    asked = TcpRegime(congestion="bbr", nodelay=False)
+    good = {"nodelay": False, "congestion": "bbr", "rto_ms": 204.0}
+    assert judge_tcp(asked, {}) == ""  # where nothing can be read
+    assert (
+        judge_tcp(asked, {"edge": good, "verifier": good, "slow_start_after_idle": True, "offloads_on": []})
+        == ""
+    )
+    assert judge_tcp(TcpRegime(), {"edge": {"nodelay": True, "congestion": "reno"}}) == ""
+    assert judge_tcp(asked, {"edge": good, "verifier": good | {"congestion": "cubic"}}) == (
+        "congestion control of the verifier is cubic, asked bbr"
+    )
+    assert judge_tcp(asked, {"edge": good | {"nodelay": True}}) == "nodelay of the edge is True, asked False"
+    assert judge_tcp(asked, {"slow_start_after_idle": False}) == "slow start after idle is False"
+    assert judge_tcp(asked, {"offloads_on": ["tcp-segmentation-offload"]}).startswith("offloads are on: tcp")
