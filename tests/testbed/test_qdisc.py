@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dsdlab.sim.profile import LinkProfile
 from testbed.links.base import LinkError
 from testbed.links.qdisc import FRAME_BYTES, UNLIMITED_PACKETS, netem_arguments, queue_packets
+from testbed.links.uml import scratch_folder
 
 
 def words(profile: LinkProfile, direction: str = "up", offset_ms: float = 0.0) -> str:
@@ -77,3 +78,10 @@ def test_the_queue_holds_the_delay_line_and_the_buffer(rate: float, rtt_ms: floa
 def test_refusals(fields: dict[str, float], offset_ms: float, message: str) -> None:
     with pytest.raises(LinkError, match=message):
         words(LinkProfile(**fields), "up", offset_ms)  # type: ignore[arg-type]
+
+
+def test_the_router_covers_nothing_that_it_needs() -> None:
+    assert scratch_folder() in ("/run", "/mnt", "/media", "/srv", "/opt")
+    assert scratch_folder("/run/somebody/project") != "/run"
+    with pytest.raises(LinkError, match="no folder that the router could cover"):
+        scratch_folder("/run/a", "/mnt/a", "/media/a", "/srv/a", "/opt/a")
