@@ -114,6 +114,7 @@ async def browse(url: str) -> AsyncIterator[Page]:
             "about:blank",
             stdout=asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
+            env={**os.environ, "TMPDIR": profile},  # a browser that is killed leaves folders there
         )
         try:
             assert process.stderr is not None
