@@ -79,7 +79,7 @@ def main() -> int:
             if name == second:
                 worst = max(worst, abs(ratio - 1.0)) if here else float("inf")
         print(line)
-    print(f"{second}: {1 + worst:.3f} x {first} at worst (bar: {1 + BAR:.2f})")
+    print(f"{second}: {worst:.1%} from {first} at worst (bar: {BAR:.0%})")
     out = Path("results/bench/runtimes.json")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(table))
