@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from bed_tools import HERE, run
-from needs import need_netns, need_uml
+from needs import need, need_netns, need_uml
 
 from dsdlab.sim.profile import TcpRegime
 from testbed import fabric as fabric_module
@@ -177,7 +177,8 @@ def test_without_root(tmp_path: Path) -> None:
         # a user namespace in which we are nobody special, but still own our files
         command = ["unshare", "--user", "--map-user=1000", "--map-group=1000"]
     else:
-        pytest.skip("unshare cannot map users here (util-linux before 2.38)")
+        need("unshare cannot map users here (util-linux before 2.38)")
+        return
     done = subprocess.run(
         [*command, sys.executable, str(HERE / "rootless_bed.py"), str(tmp_path)],
         capture_output=True,
