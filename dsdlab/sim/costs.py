@@ -1,0 +1,153 @@
+"""What computing costs: the forms that calibration fits and the simulator spends.
+
+A forward over a ragged batch takes
+
+    base_s + per_token_s · n + per_token2_s · n² + per_session_s · (batch − 1) + per_context_s · Σ context
+    + by_rows(n)
+
+for n = Σ rows of all sessions. Kernels work in blocks, so that the straight line is systematically off at small n:
+`by_rows` is that remainder, interpolated between the row counts that were measured, and zero beyond them. A prompt
+is a forward like any other, with many rows. Source of the straight line: Agrawal et al., "Vidur" (MLSys 2024).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from itertools import pairwise
+
+import msgspec
+
+__all__ = ["ForwardCost", "Goodness", "NodeCosts", "SystemProfile", "UnfitProfile"]
+
+PROFILE_VERSION = 1
+FAR_OUTSIDE = 1.5
+"""A cost is extrapolated when asked for more than this many times the largest calibrated size."""
+
+
+class UnfitProfile(ValueError):
+    """A profile cannot serve: another version, other models, impossible numbers. One line for the user."""
+
+
+class Goodness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How well a form fits what was measured. Errors are relative, |fitted/measured − 1|."""
+
+    n: int  # measurements
+    r2: float
+    r2_line: float  # of the straight line alone, without `by_rows`
+    error_p50: float
+    error_p95: float
+
+
+class ForwardCost(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The cost of one model's forward on one node, in seconds.
+
+    residuals: sorted quantiles of measured/fitted (1.0 is a perfect fit), to be drawn from uniformly; empty:
+    none. tokens, batch, context: smallest and largest value measured.
+    first_s: added to the first forward after the model has rested (another model ran on the node meanwhile).
+    stages, hop_s: a model partitioned over `stages` devices in a row takes the time above in all, each stage an
+    equal share, plus `hop_s` between two of them; different sessions can be in different stages.
+    """
+
+    base_s: float
+    per_token_s: float = 0.0
+    per_token2_s: float = 0.0
+    per_session_s: float = 0.0
+    per_context_s: float = 0.0
+    by_rows: tuple[tuple[int, float], ...] = ()
+    first_s: float = 0.0
+    residuals: tuple[float, ...] = ()
+    tokens: tuple[int, int] = (1, 1 << 20)
+    batch: tuple[int, int] = (1, 1 << 20)
+    context: tuple[int, int] = (0, 1 << 20)
+    stages: int = 1
+    hop_s: float = 0.0
+    fit: Goodness | None = None
+
+    def cost_s(self, tokens: int, batch: int, context: int) -> float:
+        """Seconds for `tokens` rows in all, of `batch` sessions that hold `context` positions in all before."""
+        line = (
+            self.base_s
+            + self.per_token_s * tokens
+            + self.per_token2_s * tokens * tokens
+            + self.per_session_s * (batch - 1)
+            + self.per_context_s * context
+        )
+        return line + self.row_term_s(tokens)
+
+    def row_term_s(self, tokens: int) -> float:
+        """`by_rows` at a row count."""
+        knots = self.by_rows
+        if not knots or not knots[0][0] <= tokens <= knots[-1][0]:
+            return 0.0
+        at = bisect_right(knots, (tokens, float("inf"))) - 1
+        if knots[at][0] == tokens:
+            return knots[at][1]
+        (x0, y0), (x1, y1) = knots[at], knots[at + 1]
+        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    def outside(self, tokens: int, batch: int, context: int) -> str:
+        """What lies far outside the calibrated range, for people; empty where nothing does. `context` is the
+        longest of any one session."""
+        asked = (
+            ("rows", tokens, self.tokens),
+            ("batch", batch, self.batch),
+            ("context", context, self.context),
+        )
+        far = [f"{name} {n} (calibrated to {r[1]})" for name, n, r in asked if n > FAR_OUTSIDE * r[1]]
+        return ", ".join(far)
+
+    def check(self, where: str) -> None:
+        """Raises UnfitProfile for numbers that no machine has."""
+        for name in (
+            "base_s",
+            "per_token_s",
+            "per_token2_s",
+            "per_session_s",
+            "per_context_s",
+            "first_s",
+            "hop_s",
+        ):
+            value = getattr(self, name)
+            if not 0.0 <= value < 3600.0:  # NaN fails too
+                raise UnfitProfile(f"{where}.{name} is {value!r}; allowed: 0 to 3600 seconds")
+        if self.stages < 1:
+            raise UnfitProfile(f"{where}.stages is {self.stages}; allowed: 1 or more")
+        if any(not 0.0 < r < 1000.0 for r in self.residuals):
+            raise UnfitProfile(f"{where}.residuals are no ratios; allowed: above 0 to 1000")
+        if any(a[0] >= b[0] for a, b in pairwise(self.by_rows)):
+            raise UnfitProfile(f"{where}.by_rows is not in rising order of rows")
+        least = min((self.cost_s(n, 1, 0) for n, _ in self.by_rows), default=self.base_s)
+        if not least >= 0.0:
+            raise UnfitProfile(f"{where}.by_rows makes a forward take {least!r} s; allowed: 0 or more")
+
+
+class NodeCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One node: its models and what the node itself adds.
+
+    hop_s: from asking the compute thread to the answer, beyond the compute. send_s, recv_s: from a frame's
+    sending to its bytes leaving, and from their arrival to the node's having it.
+    """
+
+    target: ForwardCost | None = None
+    drafter: ForwardCost | None = None
+    hop_s: float = 0.0
+    send_s: float = 0.0
+    recv_s: float = 0.0
+
+
+class SystemProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A pair of models on an edge and a cloud node: what `dsdlab calibrate` writes and the simulator reads.
+
+    origin: "measured here" or "published". source: how it was measured, or the publication.
+    """
+
+    version: int = PROFILE_VERSION
+    name: str
+    origin: str
+    source: str
+    target: str = ""  # model names as scenarios use them; "" fits any
+    drafter: str = ""
+    precision: str = ""
+    edge: NodeCosts
+    cloud: NodeCosts
+    provenance: dict[str, object] = {}
