@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
-from importlib.metadata import entry_points
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
 
 from dsdlab.policies.base import PolicyError, WindowPolicy
 
 GROUP = "dsdlab.window_policies"
 
 
+@cache
+def _installed() -> dict[str, EntryPoint]:
+    """By name; reading every package's metadata takes milliseconds, and a process's packages do not change."""
+    return {e.name: e for e in entry_points(group=GROUP)}
+
+
+@cache
+def _maker(name: str) -> Any:
+    return _installed()[name].load()
+
+
 def window_policy_names() -> list[str]:
     """Names of every installed window policy, sorted."""
-    return sorted({e.name for e in entry_points(group=GROUP)})
+    return sorted(_installed())
 
 
 def load_window_policy(name: str, gamma: int) -> WindowPolicy:
     """A new policy object; `gamma` is its (first or only) window. Raises PolicyError."""
-    found = [e for e in entry_points(group=GROUP) if e.name == name]
-    if not found:
+    if name not in _installed():
         raise PolicyError(f"unknown window policy {name!r}; installed: {', '.join(window_policy_names())}")
-    policy = found[0].load()(gamma=gamma)
+    policy = _maker(name)(gamma=gamma)
     if not isinstance(policy, WindowPolicy):
         raise PolicyError(f"window policy {name!r} is no dsdlab.policies.WindowPolicy")
     return policy

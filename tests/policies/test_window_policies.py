@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint
 
 import pytest
@@ -65,6 +66,15 @@ class NoPolicy:
         self.gamma = gamma
 
 
+@pytest.fixture
+def other_packages() -> Iterator[None]:
+    """What is installed is looked up once a process: forget it before and after."""
+    registry._installed.cache_clear()
+    yield
+    registry._installed.cache_clear()
+
+
+@pytest.mark.usefixtures("other_packages")
 def test_users_add_their_own_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     points = [
         EntryPoint("halving", f"{__name__}:Halving", registry.GROUP),
