@@ -13,7 +13,7 @@ GROUP = "dsdlab.window_policies"
 
 @cache
 def _installed() -> dict[str, EntryPoint]:
-    """By name; reading every package's metadata takes milliseconds, and a process's packages do not change."""
+    """By name; reading all packages' metadata takes milliseconds, and they do not change in a process."""
     return {e.name: e for e in entry_points(group=GROUP)}
 
 
