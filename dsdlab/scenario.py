@@ -27,6 +27,7 @@ from dsdlab.scenario_parts import (
     Run,
     Runtime,
     SamplingPart,
+    Simulate,
     Tcp,
     Workload,
     mbit,
@@ -91,6 +92,7 @@ class Scenario(Part):
     tcp: Tcp = Tcp()
     nodes: Nodes = Nodes()
     run: Run = Run()
+    simulate: Simulate = Simulate()
     _content: str = PrivateAttr("")
     _where: str = PrivateAttr("")
 
@@ -98,6 +100,8 @@ class Scenario(Part):
     def _possible(self) -> Scenario:
         """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
         self._check_run()
+        if self.simulate.persist is not None and self.simulate.alpha is None:
+            raise ValueError(f"simulate.persist is {self.simulate.persist:g} without simulate.alpha")
         for index, step in enumerate(self.link.steps):
             try:
                 step.link_step()

@@ -160,6 +160,20 @@ class Nodes(Part):
     cloud_memory_mb: Memory | None = None
 
 
+class Simulate(Part):
+    """What the simulator is fed with; nothing of it changes what a sweep measures.
+
+    profile: a shipped profile's name, or a file that `dsdlab calibrate` wrote (relative to the scenario).
+    alpha: a synthetic acceptance rate instead of a recorded trace; persist: mean length of a run of accepted
+    positions (a two-state chain) instead of independent ones. draws: of losses, jitter and compute times.
+    """
+
+    profile: str | None = None
+    alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    persist: Annotated[float, Field(ge=1, le=1e6)] | None = None
+    draws: Annotated[int, Field(ge=1, le=10_000)] = 16
+
+
 class Run(Part):
     """How often, where, and how long a generation may take. "auto" is chosen by what the host can do.
 
