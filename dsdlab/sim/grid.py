@@ -1,7 +1,7 @@
 """Many independent simulations: in this process, over its cores, or on a Ray cluster.
 
 `run_tasks(function, payload, tasks)` calls `function(payload, task)` for every task. The payload travels
-once per worker, not once per task; results come back in the order of the tasks, whatever the order of their ends.
+once per worker, not once per task; results come back in the order of the tasks.
 """
 
 from __future__ import annotations

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-__all__ = ["PredictedCell", "PredictedGeneration", "Prediction"]
+__all__ = [
+    "PredictedCell",
+    "PredictedGeneration",
+    "Prediction",
+    "PredictionError",
+    "encode_prediction",
+    "load_prediction",
+]
 
 PREDICTION_VERSION = 1
+
+
+class PredictionError(ValueError):
+    """A prediction cannot be read; one line for the user."""
 
 
 class PredictedGeneration(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -38,7 +51,7 @@ class PredictedCell(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     cell: str
     axes: dict[str, Any]
     outside: str = ""  # what lies far outside the profile's calibrated range, for people
-    error: str = ""  # why there is no prediction
+    error: str = ""  # why there is no prediction, or what some draws suffered
     generations: list[PredictedGeneration]
 
 
@@ -56,3 +69,29 @@ class Prediction(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     wall_s: float
     cells: list[PredictedCell]
     provenance: dict[str, Any] = {}
+
+    def sha256(self) -> str:
+        """Of the bytes that `encode_prediction` gives."""
+        return hashlib.sha256(encode_prediction(self)).hexdigest()
+
+
+def encode_prediction(prediction: Prediction) -> bytes:
+    """A prediction as the bytes of its file; the same for the same prediction."""
+    return msgspec.json.encode(prediction)
+
+
+def load_prediction(path: Path) -> Prediction:
+    """Read a prediction. Raises PredictionError for what is none, or one of another version."""
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise PredictionError(f"{path}: {e.strerror}") from None
+    try:
+        version = msgspec.json.decode(data).get("version")
+        if version != PREDICTION_VERSION:
+            raise PredictionError(
+                f"{path} is a prediction of version {version}; allowed: {PREDICTION_VERSION} (simulate again)"
+            )
+        return msgspec.json.decode(data, type=Prediction)
+    except (msgspec.DecodeError, UnicodeDecodeError, AttributeError) as e:
+        raise PredictionError(f"{path} is no prediction: {e}") from None
