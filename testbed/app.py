@@ -16,15 +16,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from dsdlab.models.loading import load_tokenizer
 from dsdlab.scenario import Cell, Scenario, ScenarioError, load_scenario
@@ -44,6 +36,7 @@ from testbed.lab import make_lab
 from testbed.links.base import LinkError
 from testbed.links.netem import DIRECTIONS
 from testbed.links.qdisc import netem_arguments
+from testbed.progress import bar
 from testbed.sweepbed import SweepBed
 from testbed.wan import external_verifier, remote_references
 
@@ -204,7 +197,7 @@ async def _measure(
     external = external_verifier(scenario)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(host_turn(lambda text: console.print(text, highlight=False)))
-        progress = stack.enter_context(_progress(console))
+        progress = stack.enter_context(bar(console))
         cpus = CpuSplit.default() if external is None else CpuSplit.edge_alone()
         task = progress.add_task("the target alone", total=None)
 
@@ -279,18 +272,6 @@ def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
         progress.update(task, advance=1, description=f"{what}{timing}")
 
     return show
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
 
 
 def _write_run(scenario: Scenario, text: str, store: Store, facts: dict[str, Any], command: str) -> None:
