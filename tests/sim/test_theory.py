@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -72,6 +74,80 @@ def test_break_even_is_where_the_two_meet(
         assert theory.sync_tpot_s(alpha, gamma, t_d, t_v, 0.0, **wire) > baseline
 
 
+@given(alphas, st.integers(1, 16), times, times, times, st.floats(0.0, 1e4), st.floats(0.01, 1e3))
+def test_break_even_against_the_speculating_baselines(
+    alpha: float, gamma: int, t_d: float, cloud_t_d: float, t_v: float, size: float, rate: float
+) -> None:
+    """The short forms are the general one with that baseline's TPOT, whatever the acceptance."""
+    wire = {"bytes_up": size, "rate_up_mbit": rate, "bytes_down": size / 2, "rate_down_mbit": rate * 3}
+    fused = theory.cloud_sd_tpot_s(alpha, gamma, cloud_t_d, t_v)
+    assert theory.break_even_cloud_sd_rtt_s(gamma, t_d, cloud_t_d, **wire) == pytest.approx(
+        float(theory.break_even_rtt_s(alpha, gamma, t_d, t_v, fused, **wire)), rel=1e-6, abs=1e-9
+    )
+    edge_t_v = 3.0 * t_v
+    local = theory.edge_sd_tpot_s(alpha, gamma, t_d, edge_t_v)
+    assert theory.break_even_edge_sd_rtt_s(t_v, edge_t_v, **wire) == pytest.approx(
+        float(theory.break_even_rtt_s(alpha, gamma, t_d, t_v, local, **wire)), rel=1e-6, abs=1e-9
+    )
+
+
+@given(alphas, times, times, st.floats(0.0, 0.1), times)
+def test_best_break_even_is_where_the_best_window_meets(
+    alpha: float, t_d: float, base: float, slope: float, baseline: float
+) -> None:
+    def t_v(gamma: int) -> float:
+        return base + slope * gamma
+
+    rtt, gamma = theory.best_break_even_rtt_s(alpha, t_d, t_v, baseline)
+
+    def best_tpot(at_s: float) -> float:
+        best = int(theory.best_gamma(alpha, t_d, t_v, at_s))
+        return float(theory.sync_tpot_s(alpha, best, t_d, t_v(best), at_s))
+
+    if rtt >= 0.0:
+        assert best_tpot(rtt) == pytest.approx(baseline, rel=1e-6)
+        assert theory.sync_tpot_s(alpha, gamma, t_d, t_v(gamma), rtt) == pytest.approx(baseline, rel=1e-6)
+        assert best_tpot(rtt + 0.01) > baseline
+    else:
+        assert best_tpot(0.0) > baseline
+
+
+@given(st.floats(0.0, 0.999), times, st.floats(0.0, 10.0))
+def test_continuous_gamma_lies_beside_the_best_window(alpha: float, per_token: float, fixed: float) -> None:
+    here = float(theory.continuous_gamma(alpha, per_token, fixed))
+    candidates = range(max(1, int(here) - 3), int(here) + 5)
+    cost = {g: (fixed + g * per_token) / float(theory.expected_tokens(alpha, g)) for g in (0, *candidates)}
+    near = min(cost[g] for g in (int(here), int(here) + 1) if g in cost)
+    assert near <= min(cost.values()) * (1 + 1e-9)
+
+
+def test_continuous_gamma_is_lamberts() -> None:
+    from scipy.special import lambertw
+
+    alpha, ratio = np.array([[0.3], [0.8], [0.99]]), np.array([2.0, 10.0, 100.0])
+    slope = -np.log(alpha)
+    k = 1.0 + slope * (ratio - 1.0)
+    by_lambert = (-k - lambertw(-np.exp(-k), -1).real) / slope - 1.0
+    got = theory.continuous_gamma(alpha, 0.01, 0.01 * ratio)
+    assert got == pytest.approx(np.maximum(by_lambert, 0.0), rel=1e-9)
+    assert theory.continuous_gamma(0.0, 0.01, 1.0) == 0.0
+    assert theory.continuous_gamma(1.0, 0.01, 1.0) == np.inf
+    assert theory.continuous_gamma(0.9, 0.01, 0.005) == 0.0
+
+
+@given(st.floats(0.05, 0.95), times, times, st.floats(0.0, 0.05))
+def test_the_staircase_of_best_windows(alpha: float, t_d: float, base: float, slope: float) -> None:
+    def t_v(gamma: int) -> float:
+        return base + slope * gamma
+
+    edges = [float(theory.gamma_switch_rtt_s(alpha, g, t_d, t_v)) for g in range(1, 16)]
+    assert all(a <= b * (1 + 1e-9) + 1e-9 for a, b in pairwise(edges))
+    for gamma, edge in enumerate(edges[:8], 1):
+        if 1e-3 < edge < 100.0:
+            assert theory.best_gamma(alpha, t_d, t_v, edge * (1 - 1e-6)) <= gamma
+            assert theory.best_gamma(alpha, t_d, t_v, edge * (1 + 1e-6)) > gamma
+
+
 @given(alphas, st.integers(1, 16), times, times, st.floats(0.0, 1.0))
 def test_sync_never_beats_cloud_sd_with_equal_drafters(
     alpha: float, gamma: int, t_d: float, t_v: float, rtt: float
@@ -119,6 +195,10 @@ def test_arguments_broadcast() -> None:
         (lambda: theory.sync_tpot_s(0.5, 4, 0.01, 0.05, -0.1), "rtt_s is -0.1"),
         (lambda: theory.capacity_ratio(4, 0.01, 0.0), "t_v_s is 0.0"),
         (lambda: theory.best_gamma(0.5, 0.01, lambda _: 0.05, 0.0, []), "gammas is empty"),
+        (lambda: theory.best_break_even_rtt_s(0.5, 0.01, lambda _: 0.05, 0.0, []), "gammas is empty"),
+        (lambda: theory.continuous_gamma(0.5, 0.0, 0.1), "per_token_s is 0.0"),
+        (lambda: theory.break_even_cloud_sd_rtt_s(4, -0.1, 0.1), "t_d_s is -0.1"),
+        (lambda: theory.break_even_edge_sd_rtt_s(0.1, float("nan")), "edge_t_v_s is nan"),
     ],
 )
 def test_values_out_of_range_are_named(call: object, named: str) -> None:
