@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,130 +17,24 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from dsdlab.models.loading import load_tokenizer
-from dsdlab.scenario import Cell, Scenario, ScenarioError, load_scenario
-from dsdlab.sim.profile import LinkProfile, LinkStep
-from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs, remaining
+from dsdlab.scenario import Scenario
+from dsdlab.sim.profile import LinkProfile
+from dsdlab.sweep.plan import Job, remaining
 from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references
 from dsdlab.sweep.rows import Row
-from dsdlab.sweep.runner import describe_steps, run_jobs
-from dsdlab.sweep.stats import Summary, summarise, summary_json
-from dsdlab.sweep.store import Store, StoreError, read_json, read_rows, write_json
-from dsdlab.sweep.workload import encode_prompt, load_prompts
+from dsdlab.sweep.runner import run_jobs
+from dsdlab.sweep.stats import Summary, summarise
+from dsdlab.sweep.store import Store, read_json, write_json
 from testbed.clean import RUN_FOLDER
 from testbed.controller import CpuSplit, NodeLimits, Testbed
-from testbed.host import choose, host_turn
+from testbed.host import host_turn
 from testbed.lab import make_lab
-from testbed.links.base import LinkError
-from testbed.links.netem import DIRECTIONS
-from testbed.links.qdisc import netem_arguments
+from testbed.planning import link_token, plan_sweep, results_folder, show_plan
 from testbed.progress import bar
+from testbed.reports import SweepResult, report, write_report
 from testbed.sweepbed import SweepBed
 from testbed.wan import external_verifier, remote_references
-
-REPORT = "report.html"
-
-
-@dataclass(frozen=True, slots=True)
-class SweepResult:
-    """A finished (or refused) sweep, for the command to print."""
-
-    name: str
-    folder: Path
-    summary: Summary
-    report: Path
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            **summary_json(self.name, self.summary),
-            "folder": str(self.folder),
-            "report": str(self.report),
-        }
-
-
-def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple[Scenario, str, list[Job]]:
-    """Scenario, its text and every generation in order. Raises ScenarioError or ModelError."""
-    scenario, text = load_scenario(path, overrides)
-    choice = choose(scenario.run.runtime, scenario.run.link)
-    if "auto" in (scenario.run.runtime, scenario.run.link):
-        scenario = scenario.resolved(choice.runtime, choice.link)
-        why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
-        console.print(
-            f"runs use: {choice.runtime} runtime, {choice.link} link{why}", highlight=False, markup=False
-        )
-    _check_links(scenario)
-    prompts = load_prompts(scenario.workload, path)
-    if not scenario.models.target.startswith("emulated:"):
-        target, drafter = escape(scenario.models.target), escape(scenario.models.drafter)
-        console.print(f"target [bold]{target}[/], drafter {drafter}")
-    scenario = scenario.pinned(content_digest(scenario, prompts))
-    tokenizer = load_tokenizer(scenario.models.target)
-    ids = [encode_prompt(p, tokenizer) for p in prompts]
-    limit = scenario.models.max_context - scenario.workload.max_new_tokens
-    for prompt, tokens in zip(prompts, ids, strict=True):
-        if len(tokens) > limit:
-            raise ScenarioError(
-                f"prompt {prompt.key} is {len(tokens)} tokens; with {scenario.workload.max_new_tokens} new "
-                f"ones the context of {scenario.models.max_context} allows {max(limit, 0)}"
-            )
-    return scenario, text, plan_jobs(scenario, prompts, ids)
-
-
-def _check_links(scenario: Scenario) -> None:
-    """Raises ScenarioError where a link cannot be had, before anything is started."""
-    _token(scenario)
-    if not scenario.run.link.startswith("netem"):
-        return
-    for cell in scenario.cells():
-        base = scenario.profile_of(cell)
-        for profile in (base, *(p for _, p, _ in LinkStep.timeline(base, scenario.steps))):
-            try:
-                for way in DIRECTIONS:
-                    netem_arguments(profile, way)
-            except LinkError as e:
-                raise ScenarioError(f"link {scenario.run.link}: {e}") from None
-
-
-def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Console) -> None:
-    """What --dry-run prints: every cell, and how long it may take."""
-    from rich.table import Table
-
-    cells = scenario.cells()
-    axes: dict[str, Callable[[Cell], str]] = {
-        "cell": scenario.cell_id,
-        "mode": lambda c: c.mode,
-        "γ": lambda c: str(c.gamma or "–"),
-        "RTT ms": lambda c: f"{c.rtt_ms:g}",
-        "rate Mbit/s": lambda c: "unlimited" if c.rate_mbit is None else f"{c.rate_mbit:g}",
-        "loss %": lambda c: f"{c.loss_pct:g}",
-        "temperature": lambda c: f"{c.temperature:g}",
-    }
-    if any(c.loss_burst != 1.0 for c in cells):
-        axes["burst"] = lambda c: f"{c.loss_burst:g}"
-    if any(c.jitter_ms for c in cells):
-        axes["jitter ms"] = lambda c: f"{c.jitter_ms:g}"
-    if any(c.tcp.label for c in cells):
-        axes["TCP"] = lambda c: c.tcp.label or "default"
-    if scenario.run.link == "wan":  # nobody knows, and nobody asks
-        del axes["rate Mbit/s"], axes["loss %"]
-    table = Table(title=f"{scenario.name}: {len(cells)} cells × {scenario.run.repeats} repeats")
-    for name in axes:
-        table.add_column(name, justify="left" if name in ("cell", "mode", "TCP") else "right")
-    for cell in cells:
-        table.add_row(*(show(cell) for show in axes.values()))
-    console.print(table)
-    if scenario.steps:
-        console.print(f"during every generation: {describe_steps(scenario.steps)}", highlight=False)
-    seconds = estimate_s(jobs, scenario.workload.max_new_tokens)
-    where = f"runtime {scenario.run.runtime}, link {scenario.run.link}"
-    console.print(
-        f"{len(jobs)} generations, about {seconds / 60:.0f} min; {where}; results to {folder}", markup=False
-    )
-
-
-def results_folder(out: Path, scenario: Scenario) -> Path:
-    """Where a scenario's results go: named by what determines them, so that a changed one starts anew."""
-    return out / f"{scenario.name}-{scenario.digest()}"
 
 
 async def sweep(
@@ -218,7 +110,7 @@ async def _measure(
             link=scenario.run.link,
             seed=scenario.run.seed,
             external=external,
-            token=_token(scenario),
+            token=link_token(scenario),
             cpus=cpus,
             edge_limits=NodeLimits(scenario.nodes.edge_cpu_quota, scenario.nodes.edge_memory_mb),
             cloud_limits=NodeLimits(scenario.nodes.cloud_cpu_quota, scenario.nodes.cloud_memory_mb),
@@ -252,11 +144,6 @@ def _warn_of_arithmetic(test: dict[str, Any] | None, console: Console) -> None:
             f"[red]this processor's arithmetic is not exact:[/] {test['differing']} of "
             f"{test['elements']} logits differ; ids may too"
         )
-
-
-def _token(scenario: Scenario) -> str | None:
-    """The secret of a verifier that was started by hand; None where the testbed makes one up."""
-    return None if scenario.run.verifier is None else scenario.read_token(os.environ.get("DSDLAB_TOKEN", ""))
 
 
 def _show_row(progress: Progress, task: TaskID) -> Callable[[Row], None]:
@@ -300,32 +187,6 @@ def _write_run(scenario: Scenario, text: str, store: Store, facts: dict[str, Any
         run |= {k: before[k] for k in now if k in before}
         run["resumed"] = [*before.get("resumed", []), now]
     write_json(path, run)
-
-
-def write_report(folder: Path, run: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """Render `report.html`. Raises StoreError when it cannot be written or there is nothing to report."""
-    from dsdlab.report import render
-
-    try:
-        return render(run, rows, folder / REPORT, str(run.get("command", "")))
-    except OSError as e:
-        raise StoreError(f"cannot write {folder / REPORT}: {e.strerror}") from None
-    except ValueError as e:
-        raise StoreError(f"{folder}: {e}") from None
-
-
-def report(folder: Path) -> SweepResult:
-    """Render the report of an existing results folder again. Raises StoreError."""
-    if not (folder / "rows.jsonl").is_file():
-        raise StoreError(f"{folder} holds no rows.jsonl; allowed: a folder that a sweep wrote")
-    rows, problems = read_rows(folder)
-    for problem in problems:
-        sys.stderr.write(f"unreadable line left out: {problem}\n")
-    if not rows:
-        raise StoreError(f"{folder}/rows.jsonl holds no readable row")
-    run = read_json(folder / "run.json") or {}
-    summary = summarise(rows, allow_incomplete=True)
-    return SweepResult(str(run.get("name", folder.name)), folder, summary, write_report(folder, run, rows))
 
 
 async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict[str, Any]) -> None:
