@@ -13,6 +13,7 @@ import click
 
 from dsdlab import __version__
 from dsdlab.cli_errors import UserError, guarded
+from dsdlab.cli_simulator import COMMANDS, command_line, console, feeding, overrides_of
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 DEFAULT_DRAFTER = "lookup+smollm2-drafter"
@@ -136,12 +137,6 @@ def node_drafter(
 # sweep --------------------------------------------------------------------------------------------
 
 
-def _console(quiet: bool = False) -> Any:
-    from rich.console import Console
-
-    return Console(stderr=True, quiet=quiet)
-
-
 @main.command()
 @click.argument("scenario", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results"), show_default=True)
@@ -153,6 +148,8 @@ def _console(quiet: bool = False) -> Any:
 @click.option("--dry-run", is_flag=True, help="Print cells and a time estimate; run nothing.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 @click.option("--allow-incomplete", is_flag=True, help="Exit 0 although generations failed.")
+@click.option("--predict", is_flag=True, help="Calibrate, simulate and write the prediction down first.")
+@feeding
 def sweep(
     scenario: Path,
     out: Path,
@@ -164,23 +161,31 @@ def sweep(
     dry_run: bool,
     as_json: bool,
     allow_incomplete: bool,
+    predict: bool,
+    **feed: Any,
 ) -> None:
     """Run a scenario's grid and write an HTML report; what is already there is kept."""
     import asyncio
 
-    from testbed import app
+    from testbed import app, planning
 
-    given = {"run.repeats": repeats, "run.runtime": runtime, "run.link": link, "models.precision": precision}
-    overrides = {name: value for name, value in given.items() if value is not None}
-    console = _console()
+    overrides = overrides_of(repeats, runtime, link, precision)
+    screen = console()
     if dry_run:
-        plan, _, jobs = guarded(lambda: app.plan_sweep(scenario, overrides, console))
-        app.show_plan(plan, jobs, app.results_folder(out, plan), console)
+        plan, _, jobs = guarded(lambda: planning.plan_sweep(scenario, overrides, screen))
+        planning.show_plan(plan, jobs, planning.results_folder(out, plan), screen)
         return
-    command = " ".join(["dsdlab", *sys.argv[1:]])
     result = guarded(
         lambda: asyncio.run(
-            app.sweep(scenario, overrides=overrides, out=out, fresh=fresh, command=command, console=console)
+            app.sweep(
+                scenario,
+                overrides=overrides,
+                out=out,
+                fresh=fresh,
+                command=command_line(),
+                console=screen,
+                feed=_feed(feed) if predict else None,
+            )
         )
     )
     _print_result(result, as_json)
@@ -190,6 +195,12 @@ def sweep(
         sys.exit(1)
     if summary.exact < summary.compared:
         sys.exit(1)
+
+
+def _feed(options: dict[str, Any]) -> Any:
+    from testbed.predicting import Feed
+
+    return Feed(**options)
 
 
 def _print_result(result: Any, as_json: bool) -> None:
@@ -208,9 +219,9 @@ def _print_result(result: Any, as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def report(folder: Path, as_json: bool) -> None:
     """Write the report of a results folder again."""
-    from testbed import app
+    from testbed import reports
 
-    _print_result(guarded(lambda: app.report(folder)), as_json)
+    _print_result(guarded(lambda: reports.report(folder)), as_json)
 
 
 @main.command()
@@ -312,6 +323,9 @@ def doctor(as_json: bool, selftest: bool) -> None:
 
     sys.exit(guarded(lambda: doctor_report.show(as_json, selftest)))
 
+
+for command in COMMANDS:
+    main.add_command(command)
 
 if __name__ == "__main__":
     main()

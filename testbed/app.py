@@ -30,9 +30,9 @@ from testbed.clean import RUN_FOLDER
 from testbed.controller import CpuSplit, NodeLimits, Testbed
 from testbed.host import host_turn
 from testbed.lab import make_lab
-from testbed.planning import link_token, plan_sweep, results_folder, show_plan
+from testbed.planning import link_token, plan_sweep, results_folder
 from testbed.progress import bar
-from testbed.reports import SweepResult, report, write_report
+from testbed.reports import SweepResult, write_report
 from testbed.sweepbed import SweepBed
 from testbed.wan import external_verifier, remote_references
 
@@ -45,8 +45,12 @@ async def sweep(
     fresh: bool,
     command: str,
     console: Console,
+    feed: Any = None,
 ) -> SweepResult:
-    """Run what is missing of a scenario, then write the report. Ctrl-C leaves a resumable store."""
+    """Run what is missing of a scenario, then write the report. Ctrl-C leaves a resumable store.
+
+    feed: predict first, with this; None predicts nothing.
+    """
     scenario, text, jobs = plan_sweep(path, overrides, console)
     folder = results_folder(out, scenario)
     if fresh and folder.exists():
@@ -61,7 +65,7 @@ async def sweep(
         if len(todo) < len(jobs):
             console.print(f"{len(jobs) - len(todo)} of {len(jobs)} generations are already there")
         if todo:
-            await _measure(scenario, text, jobs, todo, store, command, console)
+            await _measure(scenario, path, text, jobs, todo, store, command, console, feed)
         rows = list(store.rows)
     run = read_json(folder / "run.json") or {}
     return SweepResult(scenario.name, folder, _summary(rows, jobs), write_report(folder, run, rows))
@@ -76,12 +80,14 @@ def _summary(rows: Sequence[Row], jobs: Sequence[Job]) -> Summary:
 
 async def _measure(
     scenario: Scenario,
+    path: Path,
     text: str,
     jobs: Sequence[Job],
     todo: Sequence[Job],
     store: Store,
     command: str,
     console: Console,
+    feed: Any,
 ) -> None:
     """References, then the bed, then every generation that is missing. With a verifier on another machine the
     bed comes first: only it can ask that verifier for the references."""
@@ -127,6 +133,12 @@ async def _measure(
                 references, facts = await remote_references(scenario, jobs, folder, bed, on_reference)
                 _write_run(scenario, text, store, facts, command)
             _note_bed(folder, await bed.facts())
+            if feed is not None:
+                from testbed.predicting import predict_before
+
+                progress.stop()  # it draws its own
+                await predict_before(scenario, path, jobs, bed, store, feed, command, console)
+                progress.start()
             progress.update(task, description="sweeping", total=len(jobs), completed=len(jobs) - len(todo))
             progress.reset(task, total=len(jobs), completed=len(jobs) - len(todo), description="sweeping")
             await run_jobs(scenario, todo, references, SweepBed(bed), store, _show_row(progress, task))
@@ -224,4 +236,4 @@ async def run_once(options: Any, prompt: str, profile: LinkProfile, choice: dict
         shutil.rmtree(run_dir, ignore_errors=True)
 
 
-__all__ = ["SweepResult", "plan_sweep", "report", "results_folder", "run_once", "show_plan", "sweep"]
+__all__ = ["SweepResult", "run_once", "sweep"]

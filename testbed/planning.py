@@ -22,15 +22,20 @@ from testbed.links.netem import DIRECTIONS
 from testbed.links.qdisc import netem_arguments
 
 
-def plan_sweep(path: Path, overrides: dict[str, Any], console: Console) -> tuple[Scenario, str, list[Job]]:
-    """Scenario, its text and every generation in order. Raises ScenarioError or ModelError."""
+def plan_sweep(
+    path: Path, overrides: dict[str, Any], console: Console, *, what: str = "runs use"
+) -> tuple[Scenario, str, list[Job]]:
+    """Scenario, its text and every generation in order. Raises ScenarioError or ModelError.
+
+    what: how to say which runtime and link "auto" stands for.
+    """
     scenario, text = load_scenario(path, overrides)
     choice = choose(scenario.run.runtime, scenario.run.link)
     if "auto" in (scenario.run.runtime, scenario.run.link):
         scenario = scenario.resolved(choice.runtime, choice.link)
         why = f" ({'; '.join(choice.reasons)})" if choice.reasons else ""
         console.print(
-            f"runs use: {choice.runtime} runtime, {choice.link} link{why}", highlight=False, markup=False
+            f"{what}: {choice.runtime} runtime, {choice.link} link{why}", highlight=False, markup=False
         )
     _check_links(scenario)
     prompts = load_prompts(scenario.workload, path)
