@@ -1,0 +1,212 @@
+"""Replay: a target and a drafter that say what a trace recorded, and charge what saying it costs.
+
+Both behave as the models did, forward for forward: `ReplayDrafter` charges the sequence of (rows, context)
+that `ModelDrafter` and `LookupFirst` would compute, from what they would hold of earlier windows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from dsdlab.decoding import Sampling, verify
+from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
+from dsdlab.models.drafters import Drafter, common_prefix
+from dsdlab.sim.trace import Proposal, Trace, TracedText, TraceError
+
+__all__ = ["ReplayDrafter", "ReplayTarget", "windows_of"]
+
+Charge = Callable[[int, int, int], None]
+"""Called once a forward with (rows of all sessions, sessions, positions that they hold before)."""
+
+
+class ReplayTarget(Engine):
+    """The recorded target. A session's first `choose` brings its prompt and sampling, which find its text.
+
+    What it says at a position is the text's token there, whatever was drafted: after a wrong draft nobody
+    looks. Past the end of the text it says an end of sequence. Raises TraceError for an unknown prompt.
+    """
+
+    def __init__(self, trace: Trace, charge: Charge, slots: int = 8) -> None:
+        self.info = ModelInfo(
+            model_id=trace.target,
+            tokenizer=trace.tokenizer,
+            vocab_size=trace.vocab_size,
+            max_context=trace.max_context,
+            eos_ids=trace.eos_ids,
+            precision=trace.precision,
+            n_params=0,
+        )
+        self._trace, self._charge = trace, charge
+        self._end = trace.eos_ids[0] if trace.eos_ids else 0
+        self._slots = slots
+        self._free = list(range(slots))[::-1]
+        self._length: dict[int, int] = {}
+        self._said: dict[int, list[int]] = {}  # prompt and text of each session that has begun
+
+    def open(self) -> int:
+        if not self._free:
+            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
+        slot = self._free.pop()
+        self._length[slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        if self._length.pop(slot, None) is not None:
+            self._free.append(slot)
+            self._said.pop(slot, None)
+
+    def length(self, slot: int) -> int:
+        return self._length[slot]
+
+    def rollback(self, slot: int, length: int) -> None:
+        if not 0 <= length <= self._length[slot]:
+            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
+        self._length[slot] = length
+
+    def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:  # noqa: ARG002 - refused whatever it is
+        raise ModelError("a replayed target has no logits; allowed: choose")
+
+    def choose(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> list[list[int]]:
+        lengths, texts = self._length, self._said
+        tokens = context = 0
+        for chunk, sampling in zip(chunks, samplings, strict=True):
+            slot, n = chunk.slot, len(chunk.ids)
+            held = lengths[slot]
+            if held + n > self.info.max_context:
+                raise ContextFull(
+                    f"{held + n} positions; {self.info.model_id} is traced for {self.info.max_context}"
+                )
+            if slot not in texts:
+                texts[slot] = self._trace.find(chunk.ids, sampling).said
+            tokens += n
+            context += held
+        out = []
+        for chunk in chunks:
+            slot, rows = chunk.slot, chunk.rows
+            after = lengths[slot] = lengths[slot] + len(chunk.ids)
+            said = texts[slot][after - rows + 1 : after + 1]
+            if len(said) < rows:
+                said += [self._end] * (rows - len(said))
+            out.append(said)
+        self._charge(tokens, len(chunks), context)
+        return out
+
+
+class _Session:
+    """What the drafter knows of a session, and what its model would hold: keys and values of
+    whole[:base] + held_ids[:n_held], computed for the window at `base`."""
+
+    __slots__ = ("base", "held", "n_held", "seen", "text")
+
+    def __init__(self) -> None:
+        self.text: TracedText | None = None
+        self.seen = 0  # tokens of the text known to be those that were asked about
+        self.base = 0
+        self.held = Proposal([], (), 0)
+        self.n_held = 0
+
+
+class ReplayDrafter(Drafter):
+    """The recorded drafter, of any kind: a model, lookup, or lookup first.
+
+    Raises TraceError where the text is not the recorded one, or a longer window is wanted than was recorded.
+    """
+
+    def __init__(self, trace: Trace, charge: Charge) -> None:
+        self.name = trace.drafter
+        self.tokenizer = trace.tokenizer
+        self._trace, self._charge = trace, charge
+        self._sessions: dict[int, _Session] = {}
+        self._next = 0
+
+    def open(self) -> int:
+        slot = self._next
+        self._next += 1
+        self._sessions[slot] = _Session()
+        return slot
+
+    def close(self, slot: int) -> None:
+        self._sessions.pop(slot, None)
+
+    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+        session = self._sessions[slot]
+        base = len(ids)
+        text = session.text
+        if text is None or base < session.seen or text.whole[session.seen : base] != ids[session.seen :]:
+            found = self._trace.find(ids, sampling)
+            if found is not text:  # a text that began, or another one
+                text = session.text = found
+                session.n_held = session.base = 0
+        session.seen = base
+        at = base - len(text.prompt_ids) - 1
+        if at < 0 or at >= len(text.proposals):
+            raise TraceError(f"the trace has no window after {base} tokens of prompt {text.prompt}")
+        window = text.proposals[at]
+        if n > self._trace.gamma == len(window.ids):
+            raise TraceError(f"the trace has windows of {self._trace.gamma} tokens; asked for {n}")
+        if window.places and window.places[0] < n:
+            self._spend(session, text.whole, base, window, n)
+        return window.ids[: max(n, 0)]
+
+    def _spend(self, session: _Session, whole: list[int], base: int, window: Proposal, n: int) -> None:
+        """Charge the forwards of a window's first n tokens, and note what the model holds after them."""
+        charge = self._charge
+        fed = min(self._kept(session, whole, base, window), base + window.places[0] - 1)
+        for place in window.places:
+            if place >= n:
+                break
+            end = base + place  # the text and the window before this place
+            charge(end - fed, 1, fed)
+            fed = end
+        session.base, session.held, session.n_held = base, window, fed - base
+
+    @staticmethod
+    def _kept(session: _Session, whole: list[int], base: int, window: Proposal) -> int:
+        """How much of what the model holds is right for the window's first forward."""
+        until = session.base + session.n_held
+        right = session.base + min(session.held.agrees, session.n_held)
+        if right < until and right < base:  # its first wrong draft was refused: the usual case
+            return right
+        if until <= base:
+            return until
+        held = whole[: session.base] + session.held.ids[: session.n_held]
+        return common_prefix(held, whole[:base] + window.ids[: window.places[0]])
+
+
+def windows_of(
+    trace: Trace,
+    text: TracedText,
+    mode: str,
+    gamma: int,
+    max_new_tokens: int,
+    *,
+    stop_at_eos: bool = True,
+) -> list[tuple[int, int]]:
+    """(drafted, accepted) of every step of a generation with a static window, from the trace alone.
+
+    That is what a row's `windows` must be. Raises TraceError for a text or windows that are too short.
+    """
+    if not text.serves(max_new_tokens, stop_at_eos, trace.eos_ids):
+        raise TraceError(
+            f"the trace has {len(text.ids)} tokens of prompt {text.prompt}; {max_new_tokens} are asked for"
+        )
+    wanted = 0 if mode == "cloud-ar" else gamma
+    if wanted > trace.gamma:
+        raise TraceError(f"the trace has windows of {trace.gamma} tokens; asked for {wanted}")
+    ids = text.ids[:max_new_tokens]
+    if stop_at_eos:
+        stops = [i for i, token in enumerate(ids) if token in trace.eos_ids]
+        ids = ids[: stops[0] + 1] if stops else ids
+    said_after_prompt = [*text.ids, *text.beyond, *[-1] * (gamma + 1)]
+    out = [(0, 0)]  # the first token: the prompt is read and nothing drafted
+    done = 1
+    while done < len(ids):
+        n = min(wanted, max_new_tokens - done - 1)
+        draft = list(text.windows[done - 1].ids[:n]) if n > 0 else []
+        foreign = [i for i, token in enumerate(draft) if token >= trace.vocab_size]
+        draft = draft[: foreign[0]] if foreign else draft
+        said = said_after_prompt[done : done + len(draft) + 1]
+        accepted, _ = verify(draft, said)
+        out.append((len(draft), accepted))
+        done += accepted + 1
+    return out
