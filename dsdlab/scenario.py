@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 
 from dsdlab.decoding import Sampling
 from dsdlab.nodes.request import DRAFTING_MODES, MODES
+from dsdlab.scenario_fleet import Fleet, check_fleet
 from dsdlab.scenario_parts import (
     LINKS,
     RUNTIMES,
@@ -93,6 +94,7 @@ class Scenario(Part):
     nodes: Nodes = Nodes()
     run: Run = Run()
     simulate: Simulate = Simulate()
+    fleet: Fleet | None = None
     _content: str = PrivateAttr("")
     _where: str = PrivateAttr("")
 
@@ -100,6 +102,7 @@ class Scenario(Part):
     def _possible(self) -> Scenario:
         """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
         self._check_run()
+        check_fleet(self.fleet, self.grid, self.link, self.run)
         if self.simulate.persist is not None and self.simulate.alpha is None:
             raise ValueError(f"simulate.persist is {self.simulate.persist:g} without simulate.alpha")
         for index, step in enumerate(self.link.steps):
