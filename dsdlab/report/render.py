@@ -20,7 +20,7 @@ from dsdlab.report.plots import Mark, Panel, Point, Series
 from dsdlab.report.svg import mode_class
 from dsdlab.sweep import stats
 from dsdlab.sweep.breakeven import BreakEven
-from dsdlab.sweep.closed_form import Inputs
+from dsdlab.sweep.closed_form import Inputs, plain_conditions
 from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.stats import CellSummary, Summary
@@ -94,16 +94,6 @@ def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
     best = max(crossing, key=lambda b: b.rtt_ms)
     label = f"break-even {best.bound(best.rtt_ms)} ms {best.interval_text}".strip()
     return [Mark(best.variant.mode, best.rtt_ms, best.lo_ms, best.hi_ms, label)]
-
-
-def _plain_conditions(rows: Sequence[Row]) -> set[Condition]:
-    """Conditions that the closed form speaks of: one link throughout, one rate for both directions."""
-    plain = {condition_of(row) for row in rows}
-    for row in rows:
-        rates = {row.link_asked.get(f"rate_{way}_mbit", row.rate_mbit) for way in ("up", "down")}
-        if row.link_steps or rates != {row.rate_mbit}:
-            plain.discard(condition_of(row))
-    return plain
 
 
 def _panels(summary: Summary, measure: str, plain: set[Condition]) -> list[dict[str, Any]]:
@@ -343,7 +333,7 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
 
     summary = stats.summarise(rows, expected=expected_generations(run), allow_incomplete=True)
     rows = stats.counted_rows(rows)
-    plain = _plain_conditions(rows)
+    plain = plain_conditions(rows)
     links = link_table(rows)
     ranks = _ranks(summary.variants)
     models = run.get("models") or {}

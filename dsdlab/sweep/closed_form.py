@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from dsdlab.sim import theory
-from dsdlab.sweep.keys import Variant, variant_of
+from dsdlab.sweep.keys import Condition, Variant, condition_of, variant_of
 from dsdlab.sweep.rows import Row
 
 T = TypeVar("T")
@@ -158,3 +158,13 @@ def closed_form_inputs(rows: Sequence[Row]) -> list[Inputs]:
             )
         )
     return inputs
+
+
+def plain_conditions(rows: Sequence[Row]) -> set[Condition]:
+    """Conditions that the closed form speaks of: one link throughout, one rate for both directions."""
+    plain = {condition_of(row) for row in rows}
+    for row in rows:
+        rates = {row.link_asked.get(f"rate_{way}_mbit", row.rate_mbit) for way in ("up", "down")}
+        if row.link_steps or rates != {row.rate_mbit}:
+            plain.discard(condition_of(row))
+    return plain

@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from dsdlab.sweep.rows import Row
 
+SIMULATED = "simulated"
+"""The runtime of rows that the simulator wrote: no node ran, no clock was read."""
+
 MODE_ORDER = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync", "dsd-pipelined", "dsd-stream", "dsd-adaptive")
 
 
@@ -71,6 +74,11 @@ class Condition(NamedTuple):
     def modelled(self) -> bool:
         """Whether the link is a model in user space rather than a shaped interface of a kernel."""
         return self.link == "modelled"
+
+    @property
+    def simulated(self) -> bool:
+        """Whether nothing was measured at all: the simulator's own numbers."""
+        return self.runtime == SIMULATED
 
 
 def variant_of(row: Row) -> Variant:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from dsdlab.sweep.overhead import Overhead, overhead_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.verdict import exact_line, verdict_sentence
 
+if TYPE_CHECKING:
+    from dsdlab.sweep.comparison import Comparison
+
 __all__ = [
     "Acceptance",
     "BreakEven",
@@ -37,6 +40,7 @@ __all__ = [
     "Overhead",
     "Summary",
     "Variant",
+    "cell_summary",
     "closed_form_inputs",
     "counted_rows",
     "describe_cell",
@@ -83,6 +87,11 @@ class CellSummary:
     reconnects: int
     stale_frames: int
 
+    @property
+    def all_exact(self) -> bool:
+        """Whether every finished generation was compared and equals the target alone."""
+        return self.generations > 0 and self.exact == self.compared == self.generations
+
 
 @dataclass(frozen=True, slots=True)
 class Acceptance:
@@ -122,12 +131,20 @@ class Summary:
     overhead: Overhead | None
     exact_line: str
     verdict: str
+    comparison: Comparison | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """Whether these are the simulator's own numbers and nothing was measured."""
+        return any(condition.simulated for condition in self.conditions)
 
     @property
     def notes(self) -> list[str]:
         """What a sweep says after its verdict and its exact line."""
         excluded = excluded_line(self.exclusions, self.generations)
         lines = [excluded, "" if self.overhead is None else self.overhead.line]
+        if self.comparison is not None:
+            lines += [self.comparison.line, self.comparison.windows_line]
         return [line for line in lines if line]
 
     @property
@@ -205,7 +222,8 @@ def _acceptance(variant: Variant, temperature: float, rows: Sequence[Row]) -> Ac
     )
 
 
-def _cell(rows: Sequence[Row], ratio: Estimate | None) -> CellSummary:
+def cell_summary(rows: Sequence[Row], ratio: Estimate | None = None) -> CellSummary:
+    """One cell's rows (counted ones, see `counted_rows`). ratio: its paired TPOT ratio against cloud-ar."""
     first = rows[0]
     finished = [row for row in rows if row.status == "ok"]
     good = [row for row in finished if row.usable]
@@ -246,10 +264,12 @@ def summarise(
     expected: Mapping[str, int] | None = None,
     allow_incomplete: bool = False,
     n_boot: int = bootstrap.N_BOOT,
+    comparison: Comparison | None = None,
 ) -> Summary:
     """All statistics of a sweep's rows.
 
-    expected: good generations wanted per cell id (see `missing_generations`).
+    expected: good generations wanted per cell id (see `missing_generations`). comparison: the same rows held
+    against their simulation (`dsdlab.sweep.compare`); the verdict then says how far off the simulator was.
     Raises ValueError for no rows at all, IncompleteGridError (one line) unless `allow_incomplete`.
     """
     if not rows:
@@ -281,7 +301,7 @@ def summarise(
         if baseline is not None and variant != baseline:
             theirs = tpots.get((baseline, condition, rtt_ms), {})
             ratio = ratio_estimate(tpots.get(key, {}), theirs, f"ratio {key}")
-        cells.append(_cell(by_cell[key], ratio if ratio is not None and ratio.n else None))
+        cells.append(cell_summary(by_cell[key], ratio if ratio is not None and ratio.n else None))
 
     break_evens = []
     for condition in conditions:
@@ -319,10 +339,16 @@ def summarise(
         compared=compared,
         tokens=sum(row.tokens for row in finished),
         overhead=overhead_of(everything),
-        exact_line=exact_line(exact, compared, generations),
+        exact_line=exact_line(exact, compared, generations, simulated=any(c.simulated for c in conditions)),
         verdict=verdict_sentence(
-            break_evens, cells, conditions, good=len(good), excluded=len(finished) - len(good)
+            break_evens,
+            cells,
+            conditions,
+            good=len(good),
+            excluded=len(finished) - len(good),
+            last="" if comparison is None else comparison.clause,
         ),
+        comparison=comparison,
     )
 
 
@@ -332,6 +358,8 @@ def _number(value: float) -> float | None:
 
 def summary_json(name: str, summary: Summary) -> dict[str, Any]:
     """The object `--json` prints: plain types, None where a measure does not exist."""
+    from dsdlab.sweep.comparison import totals_json  # imported late: it needs this module
+
     cells = []
     for cell in summary.cells:
         item: dict[str, Any] = {"cell": cell.cell, **cell.variant._asdict(), **cell.condition._asdict()}
@@ -354,7 +382,7 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
             "alpha": _number(cell.alpha.value),
             "tau": _number(cell.tau),
             "tpot_ratio": None if cell.ratio is None else _number(cell.ratio.value),
-            "exact": cell.generations > 0 and cell.exact == cell.compared == cell.generations,
+            "exact": cell.all_exact,
         }
         cells.append(item)
     return {
@@ -367,5 +395,6 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
         "exclusions": [exclusion._asdict() for exclusion in summary.exclusions],
         "overhead": None if summary.overhead is None else asdict(summary.overhead),
         "missing": summary.missing,
+        "simulator": None if summary.comparison is None else totals_json(summary.comparison),
         "cells": cells,
     }

@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from dsdlab.sweep.stats import CellSummary
 
 
-def exact_line(exact: int, compared: int, generations: int) -> str:
+def exact_line(exact: int, compared: int, generations: int, *, simulated: bool = False) -> str:
     """ "exact: N of N generations", saying how many had no reference to be compared with."""
-    line = f"exact: {exact} of {generations} generations"
+    line = f"exact: {exact} of {generations} {'simulated ' if simulated else ''}generations"
     return line if compared == generations else f"{line} ({generations - compared} not compared)"
 
 
@@ -51,6 +51,8 @@ def _reach(item: BreakEven, grid: bool) -> str:
 
 def setting(condition: Condition) -> str:
     """What the verdict holds for: "modelled link, process runtime; greedy, unlimited rate, no loss"."""
+    if condition.simulated:
+        return f"simulated, not measured; {condition.label}"
     runtime = "modelled nodes" if condition.runtime == "modelled" else f"{condition.runtime} runtime"
     return f"{condition.link} link, {runtime}; {condition.label}"
 
@@ -62,19 +64,35 @@ def verdict_sentence(
     *,
     good: int,
     excluded: int = 0,
+    last: str = "",
 ) -> str:
-    """The verdict for the least constrained condition that was measured against `cloud-ar`.
+    """The verdict for the least constrained condition that has `cloud-ar` to be held against.
 
-    good: generations that may enter statistics; excluded: those that finished but may not.
+    good: generations that may enter statistics; excluded: those that finished but may not. last: a clause
+    to end with.
     """
+    sentence = _sentence(break_evens, cells, conditions, good, excluded)
+    return f"{sentence.removesuffix('.')}; {last}." if last else sentence
+
+
+def _sentence(
+    break_evens: Sequence[BreakEven],
+    cells: Sequence[CellSummary],
+    conditions: Sequence[Condition],
+    good: int,
+    excluded: int,
+) -> str:
+    simulated = any(c.simulated for c in conditions)
+    name = "simulation" if simulated else "sweep"
     if not good and excluded:
         return "The link of every generation was out of tolerance; there is nothing to conclude."
     if not good:
-        return "No generation of this sweep succeeded; there is nothing to conclude."
+        return f"No generation of this {name} succeeded; there is nothing to conclude."
     streaming = [b for b in break_evens if b.baseline.mode == "cloud-ar"]
     if not streaming:
         modes = ", ".join(dict.fromkeys(cell.variant.mode for cell in cells))
-        return f"Nothing in this sweep can be compared with streaming (cloud-ar); it measured {modes}."
+        did = "simulated" if simulated else "measured"
+        return f"Nothing in this {name} can be compared with streaming (cloud-ar); it {did} {modes}."
     condition = next(c for c in conditions if any(b.condition == c for b in streaming))
     here = [b for b in streaming if b.condition == condition]
     best = _best_per_mode(here, cells)
@@ -91,4 +109,5 @@ def verdict_sentence(
             grids.add(grid)
     others = len({b.condition for b in streaming}) - 1
     more = f"; {others} more condition{'s' if others > 1 else ''} below" if others else ""
-    return f"With this pair, {'; '.join(clauses)} ({setting(condition)}{more})."
+    opening = "In simulation" if condition.simulated else "With this pair"
+    return f"{opening}, {'; '.join(clauses)} ({setting(condition)}{more})."
