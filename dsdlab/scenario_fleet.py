@@ -37,9 +37,9 @@ class Fleet(Part):
 
     drafters: Annotated[list[Drafters], Field(min_length=1)] | None = None
     arrival_per_s: Annotated[list[Arrivals], Field(min_length=1)] | None = None
-    verifiers: list[Few] = Field(default_factory=lambda: [1], min_length=1)
-    routing: list[Routing] = Field(default_factory=lambda: ["round-robin"], min_length=1)
-    stages: list[Few] = Field(default_factory=lambda: [1], min_length=1)
+    verifiers: list[Few] = Field(default=[1], min_length=1)
+    routing: list[Routing] = Field(default=["round-robin"], min_length=1)
+    stages: list[Few] = Field(default=[1], min_length=1)
     stage_hop_ms: Annotated[float, Field(ge=0, le=60_000)] = 0.0
     think_s: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     duration_s: Seconds | None = None
