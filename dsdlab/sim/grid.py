@@ -9,6 +9,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -109,13 +111,16 @@ def _on_ray(function: Work[R], payload: Any, tasks: Sequence[Any], on_done: OnDo
         import ray
     except ImportError:
         raise GridFailed("engine 'ray' needs the package ray: pip install 'dsdlab[ray]'") from None
-    ours = not ray.is_initialized()
-    if ours:
+    scratch = ""
+    options: dict[str, Any] = {"log_to_driver": False, "configure_logging": False}
+    if "RAY_ADDRESS" not in os.environ:
+        scratch = tempfile.mkdtemp(prefix="dsdlab-ray-")
+        options |= {"include_dashboard": False, "_temp_dir": scratch}
+    try:
         try:
-            ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+            ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise GridFailed(f"no Ray cluster: {' '.join(str(e).split())}") from None
-    try:
         shared = ray.put((function, payload))
         remote = ray.remote(_apart)
         pending = {remote.remote(shared, task): n for n, task in enumerate(tasks)}
@@ -127,8 +132,9 @@ def _on_ray(function: Work[R], payload: Any, tasks: Sequence[Any], on_done: OnDo
                 on_done(len(out), len(tasks))
         return [out[n] for n in range(len(tasks))]
     finally:
-        if ours:
-            ray.shutdown()
+        ray.shutdown()
+        if scratch:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _apart(shared: tuple[Work[R], Any], task: Any) -> R:
