@@ -20,6 +20,8 @@ class Drafter(ABC):
 
     name: str
     tokenizer: str  # fingerprint; "" fits any
+    by_model: Sequence[bool] = ()
+    """Of the last `propose`: for each token, whether a model said it (lookup costs nothing)."""
 
     @abstractmethod
     def open(self) -> int:
@@ -73,6 +75,7 @@ class ModelDrafter(Drafter):
 
     def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
         n = min(n, self.engine.info.max_context - len(ids))
+        self.by_model = (True,) * n  # none for n < 1
         if n <= 0:
             return []
         held = self._held[slot]
@@ -135,7 +138,9 @@ class PromptLookup(Drafter):
 
     def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:  # noqa: ARG002 - lookup is blind to sampling
         at = self.find(slot, ids, ())
-        return list(ids[at : at + n])
+        out = list(ids[at : at + n])
+        self.by_model = (False,) * len(out)
+        return out
 
 
 class LookupFirst(Drafter):
@@ -160,15 +165,19 @@ class LookupFirst(Drafter):
 
     def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
         out: list[int] = []
+        by_model: list[bool] = []
         while len(out) < n:
             at = self._lookup.find(self._slots[slot], ids, out)
             if at < len(ids):
                 out.append(ids[at])
+                by_model.append(False)
                 continue
             more = self._model.propose(slot, [*ids, *out], 1, sampling)
             if not more:
                 break
             out += more
+            by_model.append(True)
+        self.by_model = by_model
         return out
 
 
