@@ -27,13 +27,13 @@ from dsdlab.sweep.runner import run_jobs
 from dsdlab.sweep.stats import Summary, summarise
 from dsdlab.sweep.store import Store, read_json, write_json
 from testbed.clean import RUN_FOLDER
-from testbed.controller import CpuSplit, NodeLimits, Testbed
+from testbed.controller import CpuSplit
 from testbed.host import host_turn
 from testbed.lab import make_lab
-from testbed.planning import link_token, plan_sweep, results_folder
+from testbed.planning import plan_sweep, results_folder
 from testbed.progress import bar
 from testbed.reports import SweepResult, write_report
-from testbed.sweepbed import SweepBed
+from testbed.sweepbed import SweepBed, bed_of
 from testbed.wan import external_verifier, remote_references
 
 
@@ -96,33 +96,18 @@ async def _measure(
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(host_turn(lambda text: console.print(text, highlight=False)))
         progress = stack.enter_context(bar(console))
-        cpus = CpuSplit.default() if external is None else CpuSplit.edge_alone()
         task = progress.add_task("the target alone", total=None)
 
         def on_reference(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
 
         if external is None:
-            references, facts = await ensure_references(scenario, jobs, folder, cpus.verifier, on_reference)
+            cpus = CpuSplit.default().verifier
+            references, facts = await ensure_references(scenario, jobs, folder, cpus, on_reference)
             _warn_of_arithmetic(facts.get("selftest"), console)
             _write_run(scenario, text, store, facts, command)
         progress.reset(task, total=None, description="starting nodes")
-        bed = Testbed(
-            folder / "bed",
-            target=scenario.models.target,
-            drafter=scenario.models.drafter,
-            precision=scenario.models.precision,
-            runtime=scenario.run.runtime,
-            link=scenario.run.link,
-            seed=scenario.run.seed,
-            external=external,
-            token=link_token(scenario),
-            cpus=cpus,
-            edge_limits=NodeLimits(scenario.nodes.edge_cpu_quota, scenario.nodes.edge_memory_mb),
-            cloud_limits=NodeLimits(scenario.nodes.cloud_cpu_quota, scenario.nodes.cloud_memory_mb),
-            edge_target="edge-sd" in scenario.grid.mode,
-            node_args=("--max-context", str(scenario.models.max_context)),
-        )
+        bed = bed_of(scenario, folder / "bed", external)
         async with bed:
             if external is not None:
                 if not bed.packets:

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsdlab.sim.prediction import Prediction, load_prediction
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.stats import Summary, summarise, summary_json
 from dsdlab.sweep.store import StoreError, read_json, read_rows
 
 REPORT = "report.html"
+PREDICTION = "prediction.json"  # written before the measurements beside it, and never again
+SIMULATION = "simulation.json"  # written by every `dsdlab simulate`
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +35,31 @@ class SweepResult:
         }
 
 
-def write_report(folder: Path, run: dict[str, Any], rows: Sequence[Row]) -> Path:
-    """Render `report.html`. Raises StoreError when it cannot be written or there is nothing to report."""
+def prediction_beside(folder: Path) -> Prediction | None:
+    """The prediction that a results folder holds: the one from before the measurements, else the latest
+    simulation, else None. Raises PredictionError for one that cannot be read."""
+    for name in (PREDICTION, SIMULATION):
+        if (folder / name).is_file():
+            return load_prediction(folder / name)
+    return None
+
+
+def write_report(
+    folder: Path,
+    run: dict[str, Any],
+    rows: Sequence[Row],
+    prediction: Prediction | None = None,
+    *,
+    name: str = REPORT,
+) -> Path:
+    """Render a report. Raises StoreError when it cannot be written or there is nothing to report."""
     from dsdlab.report import render
 
+    extra = {} if prediction is None else {"prediction": prediction}
     try:
-        return render(run, rows, folder / REPORT, str(run.get("command", "")))
+        return render(run, rows, folder / name, str(run.get("command", "")), **extra)
     except OSError as e:
-        raise StoreError(f"cannot write {folder / REPORT}: {e.strerror}") from None
+        raise StoreError(f"cannot write {folder / name}: {e.strerror}") from None
     except ValueError as e:
         raise StoreError(f"{folder}: {e}") from None
 

@@ -5,15 +5,38 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from dsdlab.scenario import Scenario
 from dsdlab.sim.profile import LinkProfile, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure
 from dsdlab.sweep.runner import CellFailed, Generation
 from testbed.control import NodeError
-from testbed.controller import Testbed
-from testbed.links.base import LinkError
+from testbed.controller import NodeLimits, Testbed
+from testbed.links.base import Endpoint, LinkError
+from testbed.planning import link_token
 from testbed.runtimes.base import RuntimeFailed
+
+
+def bed_of(scenario: Scenario, run_dir: Path, external: Endpoint | None = None) -> Testbed:
+    """The testbed that a scenario asks for, not yet started. `external`: a verifier started by hand."""
+    nodes = scenario.nodes
+    return Testbed(
+        run_dir,
+        target=scenario.models.target,
+        drafter=scenario.models.drafter,
+        precision=scenario.models.precision,
+        runtime=scenario.run.runtime,
+        link=scenario.run.link,
+        seed=scenario.run.seed,
+        external=external,
+        token=link_token(scenario),
+        edge_limits=NodeLimits(nodes.edge_cpu_quota, nodes.edge_memory_mb),
+        cloud_limits=NodeLimits(nodes.cloud_cpu_quota, nodes.cloud_memory_mb),
+        edge_target="edge-sd" in scenario.grid.mode,
+        node_args=("--max-context", str(scenario.models.max_context)),
+    )
 
 
 class SweepBed:
