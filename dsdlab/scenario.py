@@ -31,6 +31,7 @@ from dsdlab.scenario_parts import (
     Simulate,
     Tcp,
     Workload,
+    check_acceptance,
     mbit,
 )
 from dsdlab.scenario_wan import check_wan
@@ -103,8 +104,7 @@ class Scenario(Part):
         """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
         self._check_run()
         check_fleet(self.fleet, self.grid, self.link, self.run)
-        if self.simulate.persist is not None and self.simulate.alpha is None:
-            raise ValueError(f"simulate.persist is {self.simulate.persist:g} without simulate.alpha")
+        check_acceptance(self.simulate.alpha, self.simulate.persist)
         for index, step in enumerate(self.link.steps):
             try:
                 step.link_step()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from dsdlab.models.emulated import check_persist
 from dsdlab.policies import window_policy_names
 from dsdlab.protocol.frames import MAX_WINDOW
 from dsdlab.sim.profile import LinkStep
@@ -172,6 +173,18 @@ class Simulate(Part):
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     persist: Annotated[float, Field(ge=1, le=1e6)] | None = None
     draws: Annotated[int, Field(ge=1, le=10_000)] = 16
+
+
+def check_acceptance(alpha: float | None, persist: float | None) -> None:
+    """Whether there is such a synthetic acceptance. Raises ValueError, field first."""
+    if persist is None:
+        return
+    if alpha is None:
+        raise ValueError(f"simulate.persist is {persist:g} without simulate.alpha")
+    try:
+        check_persist(alpha, persist)
+    except ValueError as e:
+        raise ValueError(f"simulate.{e}") from None
 
 
 class Run(Part):

@@ -250,3 +250,24 @@ def test_auto_is_judged_once_it_is_resolved(tmp_path: Path) -> None:
     assert limits.resolved("docker", "netem").nodes.edge_memory_mb == 512
     with pytest.raises(ScenarioError, match=r"nodes\.edge_memory_mb is 512 .* needs runtime docker"):
         limits.resolved("netns", "netem")
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ("persist = 3", "simulate.persist is 3 without simulate.alpha"),
+        ("alpha = 0.8\npersist = 2", "simulate.persist is 2; allowed with alpha 0.8: 5"),
+        ("alpha = 1.5", "simulate.alpha is 1.5"),
+        ("draws = 0", "simulate.draws is 0"),
+        ("speed = 2", "unknown key 'simulate.speed'"),
+    ],
+)
+def test_impossible_simulations(tmp_path: Path, table: str, says: str) -> None:
+    with pytest.raises(ScenarioError, match=says):
+        read(tmp_path, GRID, f"[simulate]\n{table}\n")
+
+
+def test_what_feeds_the_simulator_changes_no_cell(tmp_path: Path) -> None:
+    plain, fed = read(tmp_path, GRID), read(tmp_path, GRID, "[simulate]\nalpha = 0.8\ndraws = 3\n")
+    assert [plain.cell_id(c) for c in plain.cells()] == [fed.cell_id(c) for c in fed.cells()]
+    assert plain.digest() == fed.digest()
