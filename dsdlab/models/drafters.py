@@ -149,19 +149,19 @@ class LookupFirst(Drafter):
     def __init__(self, model: ModelDrafter) -> None:
         self.name = LOOKUP_FIRST + model.name
         self.tokenizer = model.tokenizer
-        self._model = model
+        self.model = model
         self._lookup = PromptLookup(longest=3, shortest=2)
         self._slots: dict[int, int] = {}
 
     def open(self) -> int:
-        slot = self._model.open()
+        slot = self.model.open()
         self._slots[slot] = self._lookup.open()
         return slot
 
     def close(self, slot: int) -> None:
         if slot in self._slots:
             self._lookup.close(self._slots.pop(slot))
-        self._model.close(slot)
+        self.model.close(slot)
 
     def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
         out: list[int] = []
@@ -172,7 +172,7 @@ class LookupFirst(Drafter):
                 out.append(ids[at])
                 by_model.append(False)
                 continue
-            more = self._model.propose(slot, [*ids, *out], 1, sampling)
+            more = self.model.propose(slot, [*ids, *out], 1, sampling)
             if not more:
                 break
             out += more
