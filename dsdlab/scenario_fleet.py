@@ -33,6 +33,7 @@ class Fleet(Part):
         one session. warmup_s: what begins before counts nowhere; a tenth of `duration_s` by default.
     slots: sessions that a verifier serves at a time; more are asked to come back. All, by default.
     shared_link: all drafters behind one bottleneck, instead of a link each.
+    max_tpot_ms: what 95 % of the generations must keep to, for a verifier to count as serving so many.
     """
 
     drafters: Annotated[list[Drafters], Field(min_length=1)] | None = None
@@ -48,6 +49,7 @@ class Fleet(Part):
     prompt_tokens: Annotated[int, Field(ge=1, le=1 << 18)] = 64
     slots: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     shared_link: bool = False
+    max_tpot_ms: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
     @field_validator("drafters", "arrival_per_s", "verifiers", "routing", "stages")
     @classmethod
