@@ -210,20 +210,18 @@ def load_trace(path: Path) -> Trace:
     except OSError as e:
         raise TraceError(f"trace {path}: {e.strerror}") from None
     try:
-        head = msgspec.json.decode(data, type=_Head)
-        if head.version != TRACE_VERSION:
-            raise TraceError(f"trace {path} has version {head.version}; this dsdlab reads {TRACE_VERSION}")
-        trace = msgspec.json.decode(data, type=Trace)
-        _check_shape(trace)
-    except TraceError as e:
-        raise e if str(e).startswith("trace ") else TraceError(f"trace {path}: {e}") from None
-    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError) as e:
-        raise TraceError(f"trace {path} is no trace: {' '.join(str(e).split())}") from None
-    return trace
+        version = msgspec.json.decode(data, type=_Head).version
+        if version == TRACE_VERSION:
+            trace = msgspec.json.decode(data, type=Trace)
+            _check_shape(trace)
+            return trace
+    except ValueError as e:  # msgspec's errors are ValueErrors too
+        raise TraceError(f"trace {path} cannot be used: {' '.join(str(e).split())}") from None
+    raise TraceError(f"trace {path} has version {version}; this dsdlab reads {TRACE_VERSION}")
 
 
 def _check_shape(trace: Trace) -> None:
-    """What the types do not say. Raises TraceError, or ValueError from Sampling."""
+    """What the types do not say. Raises ValueError."""
     for at, text in enumerate(trace.texts):
         where = f"texts[{at}]"
         text.sampling  # noqa: B018 - raises
