@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from dsdlab.report.svg import Scale, element, marker, mode_class, number, path, spread, text
+from dsdlab.report.svg import Scale, element, marker, mode_class, number, path, spot, spread, text
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -28,13 +28,19 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """One variant in a panel. `rank` counts the variants of its mode: 0 is drawn solid and filled."""
+    """One variant in a panel. `rank` counts the variants of its mode: 0 is drawn solid and filled.
+
+    simulated: what the simulator predicted, lo and hi of its draws. errors: of the simulator at each RTT, for
+    people.
+    """
 
     mode: str
     label: str
     rank: int
     points: Sequence[Point]
     theory: Sequence[tuple[float, float]] = ()
+    simulated: Sequence[Point] = ()
+    errors: Mapping[float, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +56,18 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """Curves over RTT under one condition."""
+    """Curves over RTT under one condition. simulated: even its points are the simulator's, not measured."""
 
     title: str
     series: Sequence[Series]
     modelled: bool
     marks: Sequence[Mark] = field(default=())
+    simulated: bool = False
+
+    @property
+    def note(self) -> str:
+        """What must be said of its numbers; empty for a real link."""
+        return "simulated" if self.simulated else "modelled link" if self.modelled else ""
 
 
 def short(value: float) -> str:
@@ -74,14 +86,15 @@ def with_interval(value: float, lo: float, hi: float) -> str:
 def y_range(panels: Sequence[Panel]) -> tuple[float, float]:
     """Smallest and largest value drawn in any panel, so that panels can share an axis."""
     series = [s for panel in panels for s in panel.series]
-    ys = [v for s in series for p in s.points for v in (p.y, p.lo, p.hi) if not math.isnan(v)]
+    points = [p for s in series for p in (*s.points, *s.simulated)]
+    ys = [v for p in points for v in (p.y, p.lo, p.hi) if not math.isnan(v)]
     ys += [y for s in series for _, y in s.theory]
     return max(min(ys), 1e-6), max(max(ys), 1e-6)
 
 
 def _scales(panel: Panel, box: Box, smallest: float, largest: float) -> tuple[Scale, Scale]:
     left, top, right, bottom = box
-    xs = [p.x for s in panel.series for p in s.points]
+    xs = [p.x for s in panel.series for p in (*s.points, *s.simulated)]
     low, high = min(xs), max(xs)
     log_x = low > 0 and high / low >= 100
     pad = 0.03 * (high - low) if high > low else max(1.0, abs(high) * 0.1)
@@ -99,7 +112,7 @@ def _axes(panel: Panel, x: Scale, y: Scale, box: Box, unit: str) -> list[Markup]
         at = y(value)
         drawn.append(element("line", x1=left, x2=right, y1=at, y2=at, class_="grid"))
         drawn.append(text(left - 8, at + 3.5, f"{value:g}", "tick", "end"))
-    asked = sorted({p.x for s in panel.series for p in s.points})
+    asked = sorted({p.x for s in panel.series for p in (*s.points, *s.simulated)})
     ticks = asked if len(asked) <= 12 else x.ticks(6)
     last = -math.inf
     for value in ticks:  # the RTTs asked for are the ticks; crowded labels are left out
@@ -110,7 +123,7 @@ def _axes(panel: Panel, x: Scale, y: Scale, box: Box, unit: str) -> list[Markup]
             last = at
     drawn.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
     drawn.append(text(2, top - 16, unit + (", log scale" if y.log else ""), "unit"))
-    name = "RTT, ms" + (" (modelled link)" if panel.modelled else "") + (", log scale" if x.log else "")
+    name = "RTT, ms" + (f" ({panel.note})" if panel.note else "") + (", log scale" if x.log else "")
     drawn.append(text(right, bottom + 34, name, "unit", "end"))
     return drawn
 
@@ -132,36 +145,45 @@ def _mark(mark: Mark, x: Scale, box: Box) -> Markup:
     return element("g", *inner, class_=mode_class(mark.mode))
 
 
-def _series(series: Series, x: Scale, y: Scale) -> Markup:
-    hollow = series.rank > 0
+def _simulated(series: Series, x: Scale, y: Scale) -> Markup:
+    """A broad pale line to lie under the measured one, and the band of its draws."""
+    points, drawn = series.simulated, []
+    banded = [p for p in points if not math.isnan(p.lo)]
+    if len(banded) > 1:
+        edge = [(x(p.x), y(p.hi)) for p in banded] + [(x(p.x), y(p.lo)) for p in reversed(banded)]
+        drawn.append(element("path", d=path(edge) + "Z", class_="draws"))
+    along = [(x(p.x), y(p.y)) for p in points]
+    along = along if len(along) > 1 else [(a + d, b) for a, b in along for d in (-7.0, 7.0)]
+    drawn.append(element("path", d=path(along), class_="sim"))
+    return element("g", *drawn, class_=mode_class(series.mode))
+
+
+def _series(series: Series, x: Scale, y: Scale, *, simulated: bool) -> Markup:
+    hollow = series.rank > 0 or simulated
     dash = DASHES[series.rank % len(DASHES)] or None
     inner: list[Markup] = []
     if series.theory:
         inner.append(element("path", d=path((x(a), y(b)) for a, b in series.theory), class_="theory"))
-    inner += [
-        element("line", x1=x(p.x), x2=x(p.x), y1=y(p.lo), y2=y(p.hi), class_="bar")
-        for p in series.points
-        if not math.isnan(p.lo)
-    ]
+    bars = [f"M{spot(x(p.x))} {spot(y(p.lo))}V{spot(y(p.hi))}" for p in series.points if not math.isnan(p.lo)]
+    if bars:
+        inner.append(element("path", d="".join(bars), class_="bar"))
     if len(series.points) > 1:
         curve = path((x(p.x), y(p.y)) for p in series.points)
-        inner.append(element("path", d=curve, class_="curve", stroke_dasharray=dash))
-    for p in series.points:
-        value = with_interval(p.y, p.lo, p.hi)
-        inner.append(
-            element(
-                "g",
-                marker(series.mode, x(p.x), y(p.y), hollow=hollow),
-                class_="pt",
-                data_x=number(x(p.x)),
-                data_at=f"{p.x:g} ms RTT",
-                data_y=number(p.y),
-                data_name=series.label,
-                data_value=f"{value} ms",
-                data_n=p.n,
-            )
+        kind = "sim" if simulated else "curve"
+        inner.append(element("path", d=curve, class_=kind, stroke_dasharray=None if simulated else dash))
+    inner += [  # the script reads a point's place from its marker
+        element(
+            "g",
+            marker(series.mode, x(p.x), y(p.y), hollow=hollow),
+            class_="pt",
+            data_at=f"{p.x:g}",
+            data_value=with_interval(p.y, p.lo, p.hi),
+            data_sim=series.errors.get(p.x),
+            data_n=p.n,
         )
-    return element("g", *inner, class_=mode_class(series.mode))
+        for p in series.points
+    ]
+    return element("g", *inner, class_=mode_class(series.mode), data_name=series.label)
 
 
 def curves(
@@ -174,7 +196,9 @@ def curves(
     direct_labels: bool,
     class_: str,
 ) -> Markup:
-    """One panel: measured medians with 95 % bars, joined; the closed form as a thin dashed line.
+    """One panel: measured medians with 95 % bars, joined.
+
+    The closed form is a thin dashed line, the simulator's medians are a broad pale one.
 
     extent: smallest and largest value of the y axis' data (see `y_range`).
     """
@@ -184,7 +208,8 @@ def curves(
     drawn = _axes(panel, x, y, box, unit)
     drawn += [_mark(mark, x, box) for mark in panel.marks]
     drawn.append(element("line", x1=0, x2=0, y1=box[1], y2=box[3], class_="guide"))
-    drawn += [_series(series, x, y) for series in panel.series]
+    drawn += [_simulated(series, x, y) for series in panel.series if series.simulated]  # under everything
+    drawn += [_series(series, x, y, simulated=panel.simulated) for series in panel.series]
     if direct_labels:
         shown = [s for s in panel.series if s.points]
         wanted = [y(s.points[-1].y) for s in shown]
@@ -208,17 +233,17 @@ def curves(
         role="img",
         data_top=number(box[1]),
         data_bottom=number(box[3]),
-        data_note="modelled link" if panel.modelled else "",
+        data_note=panel.note,
     )
 
 
-def key_symbol(mode: str, rank: int) -> Markup:
+def key_symbol(mode: str, rank: int, *, simulated: bool = False) -> Markup:
     """The legend's sample of a series."""
-    dash = DASHES[rank % len(DASHES)] or None
+    dash = None if simulated else DASHES[rank % len(DASHES)] or None
     return element(
         "svg",
-        element("path", d="M1 8H31", class_="curve", stroke_dasharray=dash),
-        marker(mode, 16, 8, hollow=rank > 0),
+        element("path", d="M1 8H31", class_="sim" if simulated else "curve", stroke_dasharray=dash),
+        marker(mode, 16, 8, hollow=rank > 0 or simulated),
         viewBox="0 0 32 16",
         class_=f"key {mode_class(mode)}",
         aria_hidden="true",

@@ -14,19 +14,23 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 
 from dsdlab import __version__
-from dsdlab.report import plots, timeline
+from dsdlab.report import plots, simulator, timeline
 from dsdlab.report.links import link_table, tcp_table
 from dsdlab.report.plots import Mark, Panel, Point, Series
 from dsdlab.report.svg import mode_class
+from dsdlab.sim.prediction import Prediction
 from dsdlab.sweep import stats
 from dsdlab.sweep.breakeven import BreakEven
 from dsdlab.sweep.closed_form import Inputs, plain_conditions
+from dsdlab.sweep.compare import compare
+from dsdlab.sweep.comparison import Comparison, signed_pct
 from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.stats import CellSummary, Summary
 
 CURVE_STEPS = 12
 MANY_PANELS = 4  # beyond this one drawing serves wide and narrow screens
+CLAUSE = "; the simulator"  # how the verdict's last clause begins
 UNBROKEN = re.compile(r"([a-z]+-[a-z]+(?: \(γ = \d+)?|\d+ ms(?: RTT)?|\[[^\]]*\])")
 
 
@@ -54,10 +58,6 @@ class Failure(NamedTuple):
 def fixed(value: float) -> str:
     """Two decimals, a dash for NaN."""
     return "–" if math.isnan(value) else f"{value:.2f}"
-
-
-def signed(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.2f}".replace("-", "−")
 
 
 def _ranks(variants: Sequence[Variant]) -> dict[Variant, int]:
@@ -96,7 +96,27 @@ def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
     return [Mark(best.variant.mode, best.rtt_ms, best.lo_ms, best.hi_ms, label)]
 
 
-def _panels(summary: Summary, measure: str, plain: set[Condition]) -> list[dict[str, Any]]:
+def _simulated(
+    comparison: Comparison | None, variant: Variant, condition: Condition, measure: str
+) -> tuple[list[Point], dict[float, str]]:
+    """The simulator's points of one variant, and what hovering says of each: "36.2 ms, −2.1 %"."""
+    points, said = [], {}
+    for cell in comparison.cells if comparison is not None else ():
+        if (cell.variant, cell.condition) != (variant, condition):
+            continue
+        compared = cell.tpot if measure == "tpot_ms" else cell.ttft
+        value = compared.predicted
+        if math.isnan(value.value):
+            continue
+        points.append(Point(cell.rtt_ms, value.value, value.lo, value.hi, value.n))
+        error = f", {signed_pct(compared.error_pct)} %" if not math.isnan(compared.error_pct) else ""
+        said[cell.rtt_ms] = f"{plots.short(value.value)} ms{error}{' †' if cell.outside else ''}"
+    return points, said
+
+
+def _panels(
+    summary: Summary, measure: str, plain: set[Condition], comparison: Comparison | None
+) -> list[dict[str, Any]]:
     """Drawn panels of "tpot_ms" or "ttft_ms", one per condition that has data."""
     ranks = _ranks(summary.variants)
     inputs = {(i.variant, i.temperature): i for i in summary.inputs}
@@ -116,10 +136,15 @@ def _panels(summary: Summary, measure: str, plain: set[Condition]) -> list[dict[
             if measure == "tpot_ms" and condition in plain:
                 own = inputs.get((variant, condition.temperature))
                 theory = _theory(own, [p.x for p in points], condition)
-            series.append(Series(variant.mode, variant.label, ranks[variant], points, theory))
+            simulated, errors = _simulated(comparison, variant, condition, measure)
+            series.append(
+                Series(variant.mode, variant.label, ranks[variant], points, theory, simulated, errors)
+            )
         if series:
             marks = _mark(summary.break_evens, condition) if measure == "tpot_ms" else []
-            panels.append(Panel(condition.label, series, condition.modelled, marks))
+            panels.append(
+                Panel(condition.label, series, condition.modelled, marks, simulated=condition.simulated)
+            )
     alone, many = len(panels) == 1, len(panels) > MANY_PANELS
     size = (960, 430) if alone and measure == "tpot_ms" else (960, 330) if alone else (470, 320)
     unit = "TPOT, ms per token" if measure == "tpot_ms" else "TTFT, ms"
@@ -240,11 +265,15 @@ def _failures(rows: Sequence[Row]) -> list[Failure]:
     return [Failure(*key, count) for key, count in ordered]
 
 
-def _break_rows(summary: Summary, plain: set[Condition]) -> list[dict[str, Any]]:
+def _break_rows(
+    summary: Summary, plain: set[Condition], comparison: Comparison | None
+) -> list[dict[str, Any]]:
     inputs = {(i.variant, i.temperature): i for i in summary.inputs}
     rows = []
     for item in summary.break_evens:
         value = "none" if item.state == "never" else item.bound(item.rtt_ms)
+        other = comparison.break_even(item) if comparison is not None else None
+        simulated = "–" if other is None else "none" if other.state == "never" else other.bound(other.rtt_ms)
         theory = "–"
         own = inputs.get((item.variant, item.condition.temperature))
         base = inputs.get((item.baseline, item.condition.temperature))
@@ -253,7 +282,7 @@ def _break_rows(summary: Summary, plain: set[Condition]) -> list[dict[str, Any]]
             solved = own.break_even_ms(flat[0], item.condition.rate_mbit) if flat else None
             if solved is not None:
                 theory = plots.short(solved) if solved >= 0 else "none"
-        rows.append({"item": item, "value": value, "theory": theory})
+        rows.append({"item": item, "value": value, "theory": theory, "simulated": simulated})
     return rows
 
 
@@ -311,27 +340,50 @@ def expected_generations(run: Mapping[str, Any]) -> dict[str, int] | None:
     return expected or None
 
 
-def _split(verdict: str) -> tuple[Markup, Markup]:
-    """The finding, and the parenthesis that says under which conditions it holds; names do not break."""
-    head, bracket, tail = verdict.rpartition(" (")
-    parts = (head, f"({tail}") if bracket and tail.endswith(").") else (verdict, "")
+def _split(verdict: str) -> list[tuple[bool, Markup]]:
+    """The verdict in pieces: what was found, and (True) the parentheses that say for what it holds.
+
+    Those are the last one of the finding and that of the simulator's clause. Names and intervals stay whole.
+    """
+    main, clause, last = verdict.removesuffix(".").partition(CLAUSE)
     whole = Markup('<span class="nb">{}</span>')
-    head, tail = (
-        Markup("").join(whole.format(p) if k % 2 else escape(p) for k, p in enumerate(UNBROKEN.split(part)))
-        for part in parts
-    )
-    return head, tail
+    pieces: list[tuple[bool, str]] = []
+    for part in (main, clause + last):
+        if not part:
+            continue
+        head, bracket, tail = part.rpartition(" (")
+        if bracket and tail.endswith(")"):
+            pieces += [(False, head), (True, f" ({tail}")]
+        else:
+            pieces.append((False, part))
+    pieces.append((pieces[-1][0], "."))
+    return [
+        (
+            aside,
+            Markup("").join(
+                whole.format(p) if k % 2 else escape(p) for k, p in enumerate(UNBROKEN.split(text))
+            ),
+        )
+        for aside, text in pieces
+    ]
 
 
 def _template(name: str) -> str:
     return (resources.files("dsdlab.report") / "templates" / name).read_text(encoding="utf-8")
 
 
-def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
-    """The report as HTML text. Raises ValueError where there are no rows."""
+def page(
+    run: Mapping[str, Any], rows: Sequence[Row], command: str, prediction: Prediction | None = None
+) -> str:
+    """The report as HTML text. Raises ValueError where there are no rows, CompareError (one line) for a
+    prediction that cannot be held against them."""
     from jinja2 import Environment, StrictUndefined
 
-    summary = stats.summarise(rows, expected=expected_generations(run), allow_incomplete=True)
+    simulated = any(condition_of(row).simulated for row in rows)
+    comparison = compare(rows, prediction) if prediction is not None and not simulated else None
+    summary = stats.summarise(
+        rows, expected=expected_generations(run), allow_incomplete=True, comparison=comparison
+    )
     rows = stats.counted_rows(rows)
     plain = plain_conditions(rows)
     links = link_table(rows)
@@ -345,8 +397,7 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         "temperature": any(c.temperature for c in conditions),
         "extra": any(c.extra for c in conditions),
     }
-    columns = ["mode", "RTT", "link"]
-    columns += [
+    differing = [
         title
         for key, title in (
             ("rate", "Mbit/s"),
@@ -356,13 +407,15 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         )
         if show[key]
     ]
+    columns = ["mode", "RTT", "link", *differing]
     columns += ["TPOT", "p95", "p99", "× cloud-ar", "TTFT", "ITL p95", "α", "τ", "exact"]
     columns += ["failed"] if summary.failures else []
     columns += ["excluded"] if summary.excluded else []
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    tpot_panels = _panels(summary, "tpot_ms", plain)
+    sim = simulator.section(comparison, prediction, run) if comparison and prediction else None
+    tpot_panels = _panels(summary, "tpot_ms", plain, comparison)
     context: dict[str, Any] = {
         "timelines": [],
         "timeline_changes": set(),
@@ -385,11 +438,12 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         "lossy": show["loss"],
         "closed_form": bool(plain) and any(i.tpot_ms([0.0], None) for i in summary.inputs),
         "legend_items": [
-            {"symbol": plots.key_symbol(v.mode, ranks[v]), "label": v.label} for v in summary.variants
+            {"symbol": plots.key_symbol(v.mode, ranks[v], simulated=simulated), "label": v.label}
+            for v in summary.variants
         ],
         "tpot_panels": tpot_panels,
-        "ttft_panels": _panels(summary, "ttft_ms", plain),
-        "break_rows": _break_rows(summary, plain),
+        "ttft_panels": _panels(summary, "ttft_ms", plain, comparison),
+        "break_rows": _break_rows(summary, plain, comparison),
         "positions": max((len(a.per_position) for a in summary.acceptance), default=0),
         "byte_rows": _byte_rows(rows, summary.variants),
         "links": links,
@@ -408,19 +462,33 @@ def page(run: Mapping[str, Any], rows: Sequence[Row], command: str) -> str:
         "mode_class": mode_class,
         "short": plots.short,
         "fixed": fixed,
-        "signed": signed,
+        "simulated": simulated,
+        "sim": sim,
+        "error_columns": ["mode", "RTT", *differing, *(sim["columns"] if sim is not None else ())],
+        "simulation": simulator.provenance(prediction, run) if simulated and prediction else [],
+        "note_of": simulator.note_of,
+        "signed_pct": signed_pct,
+        "inputs": [i for i in summary.inputs if not math.isnan(i.t_verify_s)],
     }
     return environment.from_string(_template("report.html.j2")).render(context)
 
 
-def render(run: Mapping[str, Any], rows: Sequence[Row], out: Path, command: str) -> Path:
+def render(
+    run: Mapping[str, Any],
+    rows: Sequence[Row],
+    out: Path,
+    command: str,
+    prediction: Prediction | None = None,
+) -> Path:
     """Write the report of a sweep to `out`, one self-contained HTML file, and return `out`.
 
     run: the provenance of run.json; missing entries are left out. command: how to repeat the sweep.
+    prediction: the simulation to hold the rows against, or, where the rows are a simulation themselves
+    (`dsdlab.sweep.compare.prediction_rows`), what they were made from.
     An incomplete grid is reported on the page, not refused. The file appears whole or not at all.
-    Raises ValueError where there are no rows.
+    Raises ValueError where there are no rows, CompareError where the prediction does not fit them.
     """
-    text = page(run, rows, command)
+    text = page(run, rows, command, prediction)
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text, encoding="utf-8")

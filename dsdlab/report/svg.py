@@ -25,6 +25,8 @@ _SHAPES = {
     "dsd-adaptive": "M0-1.3L.4-.4 1.3-.4 .6.25 .85 1.2 0 .65-.85 1.2-.6.25-1.3-.4-.4-.4Z",
 }
 
+EMPTY = ("path", "line", "rect")
+
 
 def element(name: str, *children: Markup | str, **attributes: object) -> Markup:
     """One escaped element; `class_` is class, underscores become dashes, None drops an attribute.
@@ -39,18 +41,25 @@ def element(name: str, *children: Markup | str, **attributes: object) -> Markup:
         written.append(Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), text))
     body = Markup("").join(children)
     tag = Markup(name)
+    if not body and name in EMPTY:
+        return Markup("<{}{}/>").format(tag, Markup("").join(written))
     return Markup("<{}{}>{}</{}>").format(tag, Markup("").join(written), body, tag)
 
 
-def number(value: float) -> str:
-    """At most two decimals, no trailing zeros, no minus zero."""
-    text = f"{value:.2f}".rstrip("0").rstrip(".")
+def number(value: float, decimals: int = 2) -> str:
+    """At most so many decimals (1 or more), no trailing zeros, no minus zero."""
+    text = f"{value:.{decimals}f}".rstrip("0").rstrip(".")
     return "0" if text == "-0" else text
+
+
+def spot(value: float) -> str:
+    """A coordinate of a point: a tenth of a pixel is as fine as anybody sees."""
+    return number(value, 1)
 
 
 def path(points: Iterable[tuple[float, float]]) -> str:
     """The d attribute of a polyline."""
-    return "M" + "L".join(f"{number(x)} {number(y)}" for x, y in points)
+    return "M" + "L".join(f"{spot(x)} {spot(y)}" for x, y in points)
 
 
 def mode_class(mode: str) -> str:
@@ -63,7 +72,7 @@ def marker(mode: str, x: float, y: float, size: float = 4.2, *, hollow: bool = F
     return element(
         "path",
         d=_SHAPES.get(mode, _SHAPES["cloud-ar"]),
-        transform=f"translate({number(x)} {number(y)}) scale({size:g})",
+        transform=f"translate({spot(x)} {spot(y)}) scale({size:g})",
         class_="mark hollow" if hollow else "mark",
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration, Prediction
 from dsdlab.sweep import bootstrap
 from dsdlab.sweep.bootstrap import Estimate
+from dsdlab.sweep.breakeven import Pair, Tpots
 from dsdlab.sweep.closed_form import Inputs, closed_form_inputs, plain_conditions
 from dsdlab.sweep.comparison import (
     Compared,
@@ -26,9 +27,9 @@ from dsdlab.sweep.comparison import (
     comparison_json,
 )
 from dsdlab.sweep.exclusions import counted_rows, describe_cell
-from dsdlab.sweep.keys import Condition, Variant, condition_of, variant_of
+from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
 from dsdlab.sweep.rows import Row
-from dsdlab.sweep.simulated import CompareError, cell_row, prediction_rows
+from dsdlab.sweep.simulated import CompareError, cell_row, middle_ms, prediction_rows
 from dsdlab.sweep.stats import cell_summary
 
 __all__ = ["CompareError", "Comparison", "compare", "comparison_json", "prediction_rows"]
@@ -82,6 +83,7 @@ def compare(rows: Sequence[Row], prediction: Prediction) -> Comparison:
         digest=prediction.digest,
         profile=dict(prediction.profile),
         acceptance=dict(prediction.acceptance),
+        tpots=_tpots(counted, predicted),
     )
 
 
@@ -231,6 +233,20 @@ def _unmeasured(other: PredictedCell, like: Row) -> ComparedCell:
         windows_same=0,
         windows_compared=0,
     )
+
+
+def _tpots(rows: Sequence[Row], predicted: Mapping[str, PredictedCell]) -> Tpots:
+    """The simulated TPOT of every generation that has a measured one."""
+    found: dict[tuple[Variant, Condition, float], dict[Pair, float]] = {}
+    generations = {(cell.cell, _key(g)): g for cell in predicted.values() for g in cell.generations}
+    for row in rows:
+        generation = generations.get((row.cell, _key(row)))
+        if row.usable and row.tpot_ms is not None and generation is not None:
+            middle = middle_ms(generation.tpot_ms)
+            if middle is not None:
+                place = (variant_of(row), condition_of(row), row.rtt_ms)
+                found.setdefault(place, {})[pair_of(row)] = middle
+    return found
 
 
 def _windows(members: Sequence[Row], other: PredictedCell) -> tuple[int, list[WindowsDiffer]]:

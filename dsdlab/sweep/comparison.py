@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 from dsdlab.sweep.bootstrap import Estimate
+from dsdlab.sweep.breakeven import BreakEven, Tpots, break_even
 from dsdlab.sweep.keys import Condition, Variant
 from dsdlab.sweep.stats import CellSummary
 
@@ -127,6 +128,7 @@ class Comparison:
     """A sweep against its prediction. Times as they were written, ISO 8601; "" where not recorded.
 
     predicted_before: whether the prediction was made before every one of the measurements.
+    tpots: the median draw of every generation that was measured too, ms.
     """
 
     scenario: str
@@ -139,6 +141,12 @@ class Comparison:
     digest: str
     profile: Mapping[str, str]
     acceptance: Mapping[str, str]
+    tpots: Tpots
+
+    def break_even(self, measured: BreakEven) -> BreakEven | None:
+        """The simulator's break-even RTT of the same pair, without an interval; None where it has none."""
+        found = break_even(self.tpots, measured.variant, measured.baseline, measured.condition, n_boot=1)
+        return None if found is None else replace(found, lo_ms=math.nan, hi_ms=math.nan)
 
     def total(self, kind: Kind, *, loss_free: bool = False) -> Total:
         """Errors of all cells, or of those without loss."""
@@ -197,10 +205,8 @@ class Comparison:
         parts = [f"TPOT {total.mape_pct:.1f} % off over {total.cells} cells{bias}"]
         free, worst = self.total("tpot", loss_free=True), self.worst_loss_free
         if worst is not None:
-            parts.append(
-                f"{free.mape_pct:.1f} % over {free.cells} without loss, worst {signed_pct(worst.tpot.error_pct)} % "
-                f"({worst.variant.label} at {worst.rtt_ms:g} ms)"
-            )
+            where = f"{signed_pct(worst.tpot.error_pct)} % ({worst.variant.label} at {worst.rtt_ms:g} ms)"
+            parts.append(f"{free.mape_pct:.1f} % over {free.cells} without loss, worst {where}")
         ttft, formula = self.total("ttft"), self.total("closed_form")
         parts += [f"TTFT {ttft.mape_pct:.1f} %"] if ttft.cells else []
         parts += [f"closed form {formula.mape_pct:.1f} % over {formula.cells}"] if formula.cells else []

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from dsdlab.sweep.rows import Row
 
 SIMULATED = "simulated"
-"""The runtime of rows that the simulator wrote: no node ran, no clock was read."""
+"""The runtime of rows that the simulator wrote: nothing was measured."""
 
 MODE_ORDER = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync", "dsd-pipelined", "dsd-stream", "dsd-adaptive")
 

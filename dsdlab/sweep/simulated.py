@@ -16,7 +16,7 @@ from dsdlab.sweep.rows import Row
 if TYPE_CHECKING:
     from dsdlab.scenario import Scenario
 
-__all__ = ["CompareError", "cell_row", "prediction_rows"]
+__all__ = ["CompareError", "cell_row", "middle_ms", "prediction_rows"]
 
 LINK = "modelled"
 TCP_FIELDS = tuple(asdict(TcpRegime()))

@@ -17,19 +17,22 @@
 
   const show = (svg, points, x, event) => {
     const near = points.reduce((a, b) => (Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a)).x;
-    const here = points.filter((p) => p.x === near).sort((a, b) => a.y - b.y);
+    const here = points.filter((p) => p.x === near).sort((a, b) => b.y - a.y);
     const guide = svg.querySelector(".guide");
     guide.setAttribute("x1", near);
     guide.setAttribute("x2", near);
     svg.classList.add("hot");
     tip.replaceChildren();
+    const simulated = here.some((p) => p.sim);
+    tip.classList.toggle("three", simulated);
     put(tip, "strong", here[0].at);
     for (const p of here) {
       const line = put(tip, "div", "", p.cls);
       put(line, "span", p.name);
       put(line, "span", p.value);
+      if (simulated) put(line, "span", p.sim ?? "–");
     }
-    put(tip, "small", `median [95 % interval], ${here[0].n} generations` + (svg.dataset.note ? `, ${svg.dataset.note}` : ""));
+    put(tip, "small", (simulated ? "measured " : "") + `median [95 % interval]${simulated ? ", simulated and its error; " : ", "}${here[0].n} generations` + (svg.dataset.note ? `, ${svg.dataset.note}` : ""));
     tip.hidden = false;
     const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
     tip.style.left = `${Math.max(8, Math.min(event.clientX + 16, room)) + scrollX}px`;
@@ -38,10 +41,14 @@
   };
 
   for (const svg of document.querySelectorAll("svg.chart")) {
-    const points = [...svg.querySelectorAll(".pt")].map((g) => ({
-      x: Number(g.dataset.x), y: Number(g.dataset.y), at: g.dataset.at, name: g.dataset.name,
-      value: g.dataset.value, n: g.dataset.n, cls: g.parentNode.getAttribute("class"),
-    }));
+    const points = [...svg.querySelectorAll(".pt")].map((g) => {
+      const place = g.firstChild.transform.baseVal.getItem(0).matrix;
+      const series = g.parentNode;
+      return {
+        x: place.e, y: place.f, at: `${g.dataset.at} ms RTT`, value: `${g.dataset.value} ms`, n: g.dataset.n,
+        sim: g.dataset.sim, name: series.dataset.name, cls: series.getAttribute("class"),
+      };
+    });
     if (!points.length) continue;
     const move = (event) => {
       const at = new DOMPoint(event.clientX, event.clientY).matrixTransform(svg.getScreenCTM().inverse());
@@ -56,7 +63,7 @@
   const value = (row, column) => {
     const text = row.cells[column].textContent.trim();
     if (["", "–", "unlimited"].includes(text)) return Infinity;
-    const number = parseFloat(text.replaceAll(",", "")); // of "1,234 [1,200, 1,300]" the first
+    const number = parseFloat(text.replaceAll(",", "").replace("−", "-")); // of "1,234 [1,200, 1,300]" the first
     return Number.isNaN(number) ? text : number;
   };
 
