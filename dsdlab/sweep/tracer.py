@@ -17,7 +17,7 @@ from typing import Any
 from dsdlab.decoding import Sampling
 from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Engine, ModelError
-from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, load_drafter
+from dsdlab.models.drafters import LOOKUP, LOOKUP_FIRST, Drafter, LookupFirst, ModelDrafter, load_drafter
 from dsdlab.models.emulated import EmulatedEngine
 from dsdlab.models.loading import EngineOptions, load_engine
 from dsdlab.models.tracing import reach_beyond, record_beyond, record_windows
@@ -32,14 +32,11 @@ class _Models:
         self._options = EngineOptions(precision=ask["precision"], slots=1, max_context=ask["max_context"])
         self._target: Engine | None = None
         self._drafter: Drafter | None = None
-        if not all(ask[name].startswith(EMULATED) for name in ("target", "drafter")):
-            from dsdlab.node_process import set_threads
-
-            set_threads(None)
 
     @property
     def target(self) -> Engine:
         if self._target is None:
+            _give_threads(self._ask["target"])
             self._target = load_engine(self._ask["target"], self._options)
             _at_no_cost(self._target)
         return self._target
@@ -47,12 +44,21 @@ class _Models:
     @property
     def drafter(self) -> Drafter:
         if self._drafter is None:
+            _give_threads(self._ask["drafter"])
             self._drafter = load_drafter(self._ask["drafter"], self._options)
             model = self._drafter.model if isinstance(self._drafter, LookupFirst) else self._drafter
             engine = model.engine if isinstance(model, ModelDrafter) else None
             _at_no_cost(engine)
             _say({"op": "drafter", "digest": engine.info.digest if engine is not None else ""})
         return self._drafter
+
+
+def _give_threads(name: str) -> None:
+    """A thread for each core, as the nodes have, if the model computes at all."""
+    if name != LOOKUP and not name.removeprefix(LOOKUP_FIRST).startswith(EMULATED):
+        from dsdlab.node_process import set_threads
+
+        set_threads(None)
 
 
 def _at_no_cost(engine: Engine | None) -> None:
