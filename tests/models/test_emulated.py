@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import stats
 
 from dsdlab.decoding import Sampling
+from dsdlab.models import emulated as emulated_module
 from dsdlab.models.base import Chunk, ContextFull, ModelError, NoFreeSlot
 from dsdlab.models.emulated import (
     EmulatedEngine,
@@ -21,6 +24,8 @@ from dsdlab.models.emulated import (
     precise_sleep,
 )
 from dsdlab.models.loading import EngineOptions, load_engine
+
+UNLIKELY = 1e-4  # p-value below which a process is not what it is said to be; the seeds are fixed
 
 
 class Clock:
@@ -66,25 +71,139 @@ def test_a_target_is_a_function_of_seeds_and_position() -> None:
     assert min(alone) >= 1  # never the end of sequence
 
 
+def test_a_charge_takes_the_place_of_the_profiles_cost() -> None:
+    charged: list[tuple[int, int, int]] = []
+    clock = Clock()
+    engine = EmulatedEngine(EmulatedProfile(base_s=1.0), wait=clock, charge=lambda *f: charged.append(f))
+    a, b = engine.open(), engine.open()
+    engine.choose([Chunk(a, [1] * 5, 1)], [Sampling()])
+    engine.choose([Chunk(a, [1] * 2, 1), Chunk(b, [1] * 3, 1)], [Sampling(), Sampling()])
+    engine.rollback(a, 6)
+    engine.choose([Chunk(b, [1], 1), Chunk(a, [1], 1)], [Sampling(), Sampling()])
+    assert charged == [(5, 1, 0), (5, 2, 5), (2, 2, 9)]
+    assert clock.waits == []
+
+
+def accepted(n: int, sampling_seed: int = 5, **profile: Any) -> np.ndarray:
+    """At which of n positions a drafter says what its target says."""
+    target = EmulatedEngine(EmulatedProfile(seed=1))
+    drafter = EmulatedEngine(EmulatedProfile(seed=1, **profile))
+    return np.array([target.token(sampling_seed, i) == drafter.token(sampling_seed, i) for i in range(n)])
+
+
+def chi_square(counts: Any, expected: Any) -> float:
+    """The p-value of counts against their expectation."""
+    counts, expected = np.asarray(counts, float).ravel(), np.asarray(expected, float).ravel()
+    assert expected.min() > 5
+    return float(stats.chi2.sf(((counts - expected) ** 2 / expected).sum(), counts.size - 1))
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.37, 0.9, 1.0])
 def test_acceptance_is_independent_with_probability_alpha(alpha: float) -> None:
+    n = 20_000
+    agrees = accepted(n, alpha=alpha)
+    if alpha in (0.0, 1.0):
+        assert agrees.all() == alpha
+        return
+    both = {
+        "next": agrees[1:],
+        "after next": np.roll(agrees, -1)[1:],
+        "other": accepted(n, 6, alpha=alpha)[1:],
+    }
+    one = np.array([1 - alpha, alpha])
+    for name, other in both.items():
+        table = np.histogram2d(agrees[:-1].astype(float), other.astype(float), bins=2)[0]
+        assert chi_square(table, n * np.outer(one, one)) > UNLIKELY, name
+
+
+@pytest.mark.parametrize(
+    ("alpha", "persist"), [(0.8, 5.0), (0.8, 12.0), (0.5, 40.0), (0.95, 60.0), (0.2, 3.0)]
+)
+def test_a_chain_with_memory(alpha: float, persist: float) -> None:
+    """Transitions have the chain's probabilities, runs its geometric lengths; alpha holds at any position."""
+    n = 60_000
+    agrees = accepted(n, alpha=alpha, persist=persist)
+    ends = 1 / persist  # an accepted position is the last of its run
+    begins = ends * alpha / (1 - alpha)  # … and a refused one of its run
+    for state, leaves in ((True, ends), (False, begins)):
+        after = agrees[1:][agrees[:-1] == state]
+        moved = int((after != state).sum())
+        assert stats.binomtest(moved, len(after), leaves).pvalue > UNLIKELY, state
+        runs = _runs(agrees, state)[1:-1]  # whole ones
+        assert abs(runs.mean() - 1 / leaves) < 4.5 * np.sqrt((1 - leaves) / leaves**2 / len(runs))
+        bins = np.unique(stats.geom.ppf(np.linspace(0, 1, 9), leaves)[1:-1])
+        cuts = np.concatenate([[0], bins, [np.inf]])
+        counts = np.histogram(runs, cuts + 0.5)[0]
+        shares = np.diff(stats.geom.cdf(cuts, leaves))
+        if len(counts) > 1:
+            assert chi_square(counts, len(runs) * shares) > UNLIKELY, state
+    # stationary from the first position on: the same position of many sessions is a fair sample
+    drafter = EmulatedEngine(EmulatedProfile(seed=1, alpha=alpha, persist=persist))
     target = EmulatedEngine(EmulatedProfile(seed=1))
-    drafter = EmulatedEngine(EmulatedProfile(seed=1, alpha=alpha))
-    n = 8000
-    agrees = np.array([target.token(5, i) == drafter.token(5, i) for i in range(n)])
-    slack = 4.5 * np.sqrt(0.25 / n)
-    assert abs(agrees.mean() - alpha) <= (slack if 0 < alpha < 1 else 0)
-    if 0 < alpha < 1:
-        assert abs(np.corrcoef(agrees[:-1], agrees[1:])[0, 1]) < 4.5 / np.sqrt(n)
-        other = np.array([target.token(6, i) == drafter.token(6, i) for i in range(n)])
-        assert abs(np.corrcoef(agrees, other)[0, 1]) < 4.5 / np.sqrt(n)
+    for position in (0, 1, 17):
+        hits = sum(target.token(s, position) == drafter.token(s, position) for s in range(4000))
+        assert stats.binomtest(hits, 4000, alpha).pvalue > UNLIKELY, position
+
+
+def _runs(agrees: np.ndarray, state: bool) -> np.ndarray:
+    """Lengths of the runs of `state`."""
+    change = np.diff(np.concatenate([[False], agrees == state, [False]]).astype(int))
+    return np.flatnonzero(change == -1) - np.flatnonzero(change == 1)
+
+
+@given(
+    st.lists(st.integers(0, 400), min_size=1, max_size=60),
+    st.integers(0, 2),
+    st.sampled_from([5.0, 30.0, 1e4]),
+)
+def test_a_chain_asked_in_any_order(positions: list[int], seed: int, persist: float) -> None:
+    """Windows overlap, sessions alternate, runs are remembered: a position's state is the same every time."""
+    profile = EmulatedProfile(alpha=0.8, persist=persist, seed=3)
+    engine = EmulatedEngine(profile)
+    for i, position in enumerate(positions):
+        turn = (seed + i) % 3
+        assert engine.token(turn, position) == EmulatedEngine(profile).token(turn, position)
+
+
+def test_memory_costs_no_more_than_a_look_back() -> None:
+    """The bits drawn per token stay few for any persistence, in windows that step back as drafting does."""
+    drawn = 0
+    real = emulated_module._bits
+
+    def counted(key: int, position: int) -> int:
+        nonlocal drawn
+        drawn += 1
+        return real(key, position)
+
+    for persist in (5.0, 50.0, 5000.0):
+        engine = EmulatedEngine(EmulatedProfile(alpha=0.8, persist=persist))
+        engine.token(1, 0)
+        drawn, asked, base = 0, 0, 0
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(emulated_module, "_bits", counted)
+            while base < 20_000:
+                for position in range(base, base + 8):
+                    engine.token(1, position)
+                    asked += 1
+                base += 3
+        assert drawn / asked < 3, persist
 
 
 def test_tokens_are_uniform_over_the_vocabulary() -> None:
     engine = EmulatedEngine(EmulatedProfile(vocab_size=16))
-    counts = np.bincount([engine.token(0, i) for i in range(15_000)], minlength=16)
+    counts = np.bincount([engine.token(0, i) for i in range(30_000)], minlength=16)
     assert counts[0] == 0
-    assert (np.abs(counts[1:] - 1000) < 5 * np.sqrt(1000)).all()
+    assert chi_square(counts[1:], [2000] * 15) > UNLIKELY
+    pairs = np.zeros((15, 15))
+    for i in range(30_000):
+        pairs[engine.token(7, i) - 1, engine.token(7, i + 1) - 1] += 1
+    assert chi_square(pairs, np.full((15, 15), 30_000 / 225)) > UNLIKELY
+
+
+def test_the_tokens_are_these() -> None:
+    """Pinned: results of emulated scenarios can be compared across versions only while they stay."""
+    engine = EmulatedEngine(EmulatedProfile(alpha=0.7, persist=8.0, seed=3, vocab_size=1024))
+    assert [engine.token(9, i) for i in range(8)] == [0]
 
 
 @pytest.mark.parametrize("vocab_size", [3, 4, 1024])
@@ -165,6 +284,14 @@ def test_parse(tmp_path: Path) -> None:
         ("base_s=-1", "base_s is -1.0; allowed: 0 to 3600 seconds"),
         ("per_token_s=inf", "per_token_s is inf; allowed: 0 to 3600 seconds"),
         ("vocab_size=2", "vocab_size is 2; allowed: 3 to 16777216"),
+        (
+            "alpha=0.8,persist=4",
+            "persist is 4; allowed with alpha 0.8: 5 (independent positions) to 1e6, or 0",
+        ),
+        ("alpha=0.8,persist=-1", "persist is -1; allowed with alpha 0.8: 5 "),
+        ("alpha=0.8,persist=nan", "persist is nan; allowed with alpha 0.8: 5 "),
+        ("alpha=1,persist=0.5", "persist is 0.5; allowed with alpha 1: 1 "),
+        ("alpha=0.8,persist=1e7", "persist is 1e+07; allowed with alpha 0.8: 5 "),
         ("/nowhere/profile.json", "/nowhere/profile.json: No such file or directory"),
     ],
 )
