@@ -23,8 +23,10 @@ import time
 from collections import deque
 from typing import Any
 
-from dsdlab.sim.link import Delivery, LinkDirection
+from dsdlab.sim.connection import Connection, Stream
+from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, LinkProfile
+from dsdlab.sim.tcp import EventQueue
 from testbed.links.base import Endpoint, percentile
 
 READ_BYTES = 256 * 1024
@@ -38,7 +40,7 @@ LEAD_S = 60e-6  # bytes are written this early: a send and the wake-up of its re
 NICE = -10
 PR_SET_TIMERSLACK = 29
 
-FIN = b"fin"  # queue items are (delivery, bytes); these two are compared by identity
+FIN = b"fin"  # queue items are (time, bytes); these two are compared by identity
 RST = b"rst"
 
 
@@ -74,10 +76,10 @@ class _Pipe:
 
     def __init__(self, link: LinkDirection, src: socket.socket, dst: socket.socket) -> None:
         self.link = link
-        self.flow = link.open_flow()
+        self.stream: Stream
         self.src = src
         self.dst = dst
-        self.queue: deque[tuple[Delivery, bytes]] = deque()
+        self.queue: deque[tuple[float, bytes]] = deque()  # (when it is to be handed over in s, bytes)
         self.queued_bytes = 0
         self.blocked = False  # the destination's socket buffer is full
         self.eof = False  # nothing more will be read
@@ -86,17 +88,19 @@ class _Pipe:
     def enqueue(self, now_s: float, data: bytes) -> None:
         """Give bytes to the model."""
         self.queued_bytes += len(data)
-        if not self.link.by_segment:
-            self.queue.append((self.flow.transmit(now_s, len(data)), data))
-            return
-        for at in range(0, len(data), MSS_BYTES):
-            piece = data[at : at + MSS_BYTES]
-            self.queue.append((self.flow.segment(now_s, len(piece)), piece))
+        step = MSS_BYTES if self.link.by_segment else READ_BYTES
+        for at in range(0, len(data), step):
+            piece = data[at : at + step]
+            self.stream.send(now_s, len(piece), piece)
+
+    def arrived(self, when_s: float, piece: bytes) -> None:
+        """The model says when bytes come out of the link."""
+        self.queue.append((when_s, piece))
 
     def finish(self, now_s: float, marker: bytes) -> None:
         """FIN or RST travels like a bare segment behind the data."""
         self.eof = True
-        self.queue.append((self.flow.segment(now_s, 0), marker))
+        self.stream.send(now_s, 0, marker)
 
     def read_limit(self, now_s: float) -> int:
         """Bytes that may be read now: 0 when the source has to wait."""
@@ -120,8 +124,27 @@ class _Connection:
         self.dial_s = dial_s
         self.server: socket.socket | None = None
         self.pipes: tuple[_Pipe, _Pipe] | None = None  # up, down
+        self.model: Connection | None = None
+        self.broken = False  # the model's TCP has given up
+
+    def open(self, clock: EventQueue, up: LinkDirection, down: LinkDirection) -> None:
+        """Both sockets stand: bytes may flow."""
+        assert self.server is not None
+        there, back = _Pipe(up, self.client, self.server), _Pipe(down, self.server, self.client)
+        self.model = Connection(clock, up, down, there.arrived, back.arrived, self._break)
+        there.stream, back.stream = self.model.up, self.model.down
+        self.pipes = there, back
+
+    def _break(self) -> None:
+        self.broken = True
+
+    def end(self) -> None:
+        """Stop the model."""
+        if self.model is not None:
+            self.model.close()
 
     def reset(self) -> None:
+        self.end()
         for sock in (self.client, self.server):
             if sock is not None:
                 _reset(sock)
@@ -141,6 +164,7 @@ class Box:
     def __init__(self, profile: LinkProfile, seed: int = 0) -> None:
         self.up = LinkDirection(profile, "up", seed)
         self.down = LinkDirection(profile, "down", seed)
+        self._events = EventQueue(time.monotonic())  # of the connections' TCP
         self._ports: list[_Port] = []
         self._connections: list[_Connection] = []
         self._late_ms: deque[float] = deque(maxlen=4096)
@@ -186,7 +210,7 @@ class Box:
             values = {k: v for k, v in request.items() if k not in ("op", "id", "profile")}
             values.update(request.get("profile") or {})
             profile = LinkProfile.from_dict(values)
-            self.up.apply(profile)
+            self.up.apply(profile)  # raises for what the model has no words for, and then changes nothing
             self.down.apply(profile)
             return {"op": "ok", "profile": profile.to_dict()}
         if op == "target":
@@ -246,7 +270,7 @@ class Box:
         reads: list[Any] = [] if control_fd is None else [control_fd]
         writes: list[Any] = []
         readers: dict[socket.socket, _Pipe] = {}
-        wake_s = now_s + 3600.0
+        wake_s = min(now_s + 3600.0, self._events.next_s - LEAD_S)
         reads.extend(port.listener for port in self._ports)
         for connection in self._connections:
             if connection.pipes is None:
@@ -264,8 +288,9 @@ class Box:
                 if pipe.blocked:
                     writes.append(pipe.dst)
                 elif pipe.queue:
-                    wake_s = min(wake_s, pipe.queue[0][0].arrival_s - LEAD_S)
+                    wake_s = min(wake_s, pipe.queue[0][0] - LEAD_S)
         ready, writable, now_s = self._wait(reads, writes, wake_s)
+        self._events.run_until(now_s, LEAD_S)
         listeners = {port.listener: port for port in self._ports}
         served: set[socket.socket] = set()
         for item in ready:
@@ -342,6 +367,9 @@ class Box:
             if connection.pipes is None:
                 self._dial(connection, writable)
                 continue
+            if connection.broken:
+                self._remove(connection)
+                continue
             for pipe, back in (connection.pipes, connection.pipes[::-1]):
                 if pipe.blocked and pipe.dst in writable:
                     pipe.blocked = False
@@ -357,6 +385,7 @@ class Box:
         if reset:
             connection.reset()
             return
+        connection.end()
         connection.client.close()
         if connection.server is not None:
             connection.server.close()
@@ -386,17 +415,14 @@ class Box:
             self._remove(connection)
             return
         connection.server.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.pipes = (
-            _Pipe(self.up, connection.client, connection.server),
-            _Pipe(self.down, connection.server, connection.client),
-        )
+        connection.open(self._events, self.up, self.down)
 
     def _write(self, pipe: _Pipe, back: _Pipe) -> bool:
         """Hand over what has arrived; False when the connection is to be reset."""
         due_s = time.monotonic() + LEAD_S
         queue = pipe.queue
-        while queue and queue[0][0].arrival_s <= due_s:
-            arrival_s = queue[0][0].arrival_s
+        while queue and queue[0][0] <= due_s:
+            arrival_s = queue[0][0]
             if queue[0][1] is RST:
                 return False
             if queue[0][1] is FIN:
@@ -406,8 +432,8 @@ class Box:
                     pipe.dst.shutdown(socket.SHUT_WR)
                 continue
             pieces, total = [], 0
-            while queue and queue[0][0].arrival_s <= due_s:
-                delivery, data = queue[0]
+            while queue and queue[0][0] <= due_s:
+                arrived_s, data = queue[0]
                 if data is RST or data is FIN:
                     break
                 if total and total + len(data) > READ_BYTES:
@@ -431,7 +457,7 @@ class Box:
             self._late_ms.append((due_s - arrival_s) * 1e3)
             pipe.queued_bytes -= sent
             if sent < total:
-                queue.appendleft((delivery, data[sent:]))
+                queue.appendleft((arrived_s, data[sent:]))
                 pipe.blocked = True
                 return True
             due_s = time.monotonic() + LEAD_S
