@@ -1,0 +1,282 @@
+"""A scenario in virtual time: the nodes of the testbed over a modelled link, spending calibrated time.
+
+One generation is one run of `DrafterNode` and `VerifierNode` on a virtual clock. Who says which token, and
+how long saying it takes, are separate: a recorded trace or a synthetic process for the first
+(`dsdlab.sim.replay`, `dsdlab.models.emulated`), a system profile for the second (`dsdlab.sim.costs`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+from dsdlab.decoding import Sampling
+from dsdlab.models.alone import generate_alone
+from dsdlab.models.base import Engine
+from dsdlab.models.drafters import LOOKUP, Drafter, ModelDrafter, PromptLookup
+from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile, parse_profile
+from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
+from dsdlab.protocol.channel import Channel
+from dsdlab.protocol.errors import ChannelClosed
+from dsdlab.scenario import Cell, Scenario
+from dsdlab.sim import loop
+from dsdlab.sim.channel import SimLink
+from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
+from dsdlab.sim.prediction import PredictedCell, PredictedGeneration
+from dsdlab.sim.profile import LinkProfile, LinkStep
+from dsdlab.sim.replay import ReplayDrafter, ReplayTarget
+from dsdlab.sim.trace import Trace
+from dsdlab.sweep.plan import Job
+
+__all__ = ["Pair", "simulate_cell", "simulate_generation"]
+
+EMULATED = "emulated:"
+NO_OVERHEAD = NodeCosts()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Target and drafter as the simulator has them.
+
+    profile: what everything costs; None where the models are emulated and say so themselves.
+    trace: what they say; without one they are emulated: by the scenario's own words (`emulated:…`), or, with
+    `alpha`, by a synthetic acceptance process in place of the real pair's.
+    """
+
+    target: str
+    drafter: str
+    profile: SystemProfile | None = None
+    trace: Trace | None = None
+    alpha: float | None = None
+    persist: float | None = None
+    max_context: int = 2048
+
+    @property
+    def edge(self) -> NodeCosts:
+        return self.profile.edge if self.profile is not None else NO_OVERHEAD
+
+    @property
+    def cloud(self) -> NodeCosts:
+        return self.profile.cloud if self.profile is not None else NO_OVERHEAD
+
+    def _cost(self, node: str, model: str) -> ForwardCost | None:
+        """What a model costs on a node; None without a profile. Raises UnfitProfile where it is not in it."""
+        if self.profile is None:
+            return None
+        cost: ForwardCost | None = getattr(getattr(self.profile, node), model)
+        if cost is None:
+            raise UnfitProfile(f"profile {self.profile.name} has no costs of the {model} on the {node} node")
+        return cost
+
+    def target_engine(self, node: str, compute: SimCompute, rng: random.Random) -> Engine:
+        """The target on a node ("edge" or "cloud")."""
+        cost = self._cost(node, "target")
+        if self.trace is not None and cost is not None:
+            return ReplayTarget(self.trace, compute.meter(cost, rng))
+        spec = EmulatedProfile() if self.alpha is not None else self._emulated(self.target)
+        return self._engine(spec, cost, compute, rng)
+
+    def drafter_on(self, node: str, compute: SimCompute, rng: random.Random) -> Drafter:
+        """The drafter on a node."""
+        if self.trace is None and self.drafter == LOOKUP and self.alpha is None:
+            return PromptLookup()
+        cost = self._cost(node, "drafter") if self.drafter != LOOKUP else ForwardCost(base_s=0.0)
+        if self.trace is not None and cost is not None:
+            return ReplayDrafter(self.trace, compute.meter(cost, rng))
+        if self.alpha is not None:
+            spec = EmulatedProfile(alpha=self.alpha, persist=self.persist or 0.0)
+        else:
+            spec = self._emulated(self.drafter)
+        return ModelDrafter(self._engine(spec, cost, compute, rng))
+
+    def _emulated(self, name: str) -> EmulatedProfile:
+        if not name.startswith(EMULATED):
+            raise UnfitProfile(f"model {name} says nothing by itself; needs a trace, or simulate.alpha")
+        return parse_profile(name.removeprefix(EMULATED))
+
+    def _engine(
+        self, spec: EmulatedProfile, cost: ForwardCost | None, compute: SimCompute, rng: random.Random
+    ) -> EmulatedEngine:
+        charge = None if cost is None else compute.meter(cost, rng)
+        return EmulatedEngine(spec, max_context=self.max_context, wait=compute.spend, charge=charge)
+
+    def alone(self, job: Job, max_new_tokens: int, stop_at_eos: bool) -> list[int]:
+        """What the target says by itself: every simulated generation must say the same."""
+        engine = self.target_engine("cloud", SimCompute(), random.Random(0))
+        eos_ids = engine.info.eos_ids if stop_at_eos else ()
+        return generate_alone(engine, job.prompt_ids, job.sampling, max_new_tokens, eos_ids)
+
+
+def _compute(costs: NodeCosts) -> SimCompute:
+    """A node's one compute thread; a partitioned target has a stage for each of its devices."""
+    target = costs.target
+    if target is None or target.stages == 1:
+        return SimCompute(hop_s=costs.hop_s)
+    return SimCompute(hop_s=costs.hop_s, stages=target.stages, stage_hop_s=target.hop_s)
+
+
+def simulate_generation(
+    pair: Pair,
+    request: GenerationRequest,
+    link: LinkProfile,
+    steps: Sequence[LinkStep] = (),
+    *,
+    seed: str,
+    timeout_s: float = 3600.0,
+) -> GenerationRecord:
+    """One generation in virtual time; the connection exists when it begins, as on the testbed.
+
+    seed: of losses, jitter and the compute's residuals. Raises TimeoutError after `timeout_s` of virtual
+    time, ValueError for what the link model has no words for, and whatever the nodes raise.
+    """
+
+    async def main() -> GenerationRecord:
+        rng = random.Random(seed)
+        box = SimLink(link, seed=rng.getrandbits(63))
+        edge, cloud = pair.edge, pair.cloud
+        here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
+        cloud_compute, edge_compute = _compute(cloud), _compute(edge)
+        mode = request.mode
+        verifier = VerifierNode(
+            pair.target_engine("cloud", cloud_compute, rng),
+            cloud_compute,
+            drafter=pair.drafter_on("cloud", cloud_compute, rng) if mode == "cloud-sd" else None,
+        )
+
+        async def dial() -> Channel:
+            return here
+
+        node = DrafterNode(
+            dial,
+            edge_compute,
+            drafter=pair.drafter_on("edge", edge_compute, rng) if mode in ("dsd-sync", "edge-sd") else None,
+            target=pair.target_engine("edge", edge_compute, rng) if mode == "edge-sd" else None,
+        )
+        serving = asyncio.create_task(_serve(verifier, there), name="verifier")
+        await node.connect()
+        playing = asyncio.create_task(_play(box, LinkStep.timeline(link, steps)), name="link steps")
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await node.generate(request)
+        finally:
+            playing.cancel()
+            await node.disconnect()
+            await serving
+            await verifier.close()
+
+    return loop.run(main())
+
+
+async def _serve(verifier: VerifierNode, channel: Channel) -> None:
+    with suppress(ChannelClosed):
+        await verifier.serve(channel)
+
+
+async def _play(box: SimLink, timeline: Sequence[tuple[float, LinkProfile, str]]) -> None:
+    clock = asyncio.get_running_loop()
+    begun_s = clock.time()
+    for at_s, profile, _ in timeline:
+        await asyncio.sleep(begun_s + at_s - clock.time())
+        box.apply(profile)
+
+
+def request_of(
+    scenario: Scenario, cell: Cell, prompt_ids: Sequence[int], sampling: Sampling
+) -> GenerationRequest:
+    """What a cell asks of the nodes."""
+    return GenerationRequest(
+        prompt_ids=prompt_ids,
+        mode=cell.mode,
+        policy=cell.policy,
+        gamma=cell.gamma,
+        sampling=sampling,
+        max_new_tokens=scenario.workload.max_new_tokens,
+        stop_at_eos=scenario.workload.stop_at_eos,
+    )
+
+
+def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> PredictedCell:
+    """All generations of one cell, each in several draws. `work`: the scenario, the pair, how many draws.
+
+    What one generation suffers (a time-out, a link that cannot be modelled) is told in the cell's `error`.
+    """
+    scenario, pair, draws = work
+    cell = jobs[0].cell
+    out = PredictedCell(
+        cell=jobs[0].cell_id,
+        axes=cell.model_dump(),
+        outside=_outside(pair, cell, jobs, scenario),
+        generations=[],
+    )
+    link = scenario.profile_of(cell)
+    for job in jobs:
+        request = request_of(scenario, cell, job.prompt_ids, job.sampling)
+        records = []
+        late = 0
+        for draw in range(draws):
+            seed = f"{scenario.run.seed}/{job.cell_id}/{job.rep}/{draw}"
+            try:
+                records.append(
+                    simulate_generation(
+                        pair, request, link, scenario.steps, seed=seed, timeout_s=scenario.run.timeout_s
+                    )
+                )
+            except TimeoutError:
+                late += 1
+            except ValueError as e:
+                out.error = str(e)
+                return out
+        if late:
+            out.error = f"{late} of {draws} draws not finished within {scenario.run.timeout_s:g} s"
+        if records:
+            out.generations.append(_generation(scenario, pair, job, records))
+    return out
+
+
+def _generation(
+    scenario: Scenario, pair: Pair, job: Job, records: Sequence[GenerationRecord]
+) -> PredictedGeneration:
+    first = records[0]
+    alone = pair.alone(job, scenario.workload.max_new_tokens, scenario.workload.stop_at_eos)
+    return PredictedGeneration(
+        rep=job.rep,
+        prompt=job.prompt.key,
+        seed=job.sampling.seed,
+        windows=first.windows,
+        tokens=len(first.ids),
+        finish=first.finish,
+        exact=all(record.ids == alone for record in records),
+        tpot_ms=[1e3 * t for record in records if (t := record.tpot_s) is not None],
+        ttft_ms=[1e3 * record.ttft_s for record in records],
+        alpha=first.alpha,
+        tau=first.tau,
+        bytes_up=first.bytes_up,
+        bytes_down=first.bytes_down,
+    )
+
+
+def _outside(pair: Pair, cell: Cell, jobs: Sequence[Job], scenario: Scenario) -> str:
+    """What of a cell's work lies far outside the sizes that the profile was calibrated for."""
+    if pair.profile is None:
+        return ""
+    prompt = max(len(job.prompt_ids) for job in jobs)
+    context = prompt + scenario.workload.max_new_tokens
+    rows = max(prompt, cell.gamma + 1)
+    nodes = {"cloud": {"target"}, "edge": set()}
+    if cell.mode == "cloud-sd":
+        nodes["cloud"].add("drafter")
+    elif cell.mode == "edge-sd":
+        nodes = {"cloud": set(), "edge": {"target", "drafter"}}
+    elif cell.mode == "dsd-sync":
+        nodes["edge"].add("drafter")
+    found = []
+    for node, models in nodes.items():
+        for model in sorted(models):
+            cost = getattr(getattr(pair.profile, node), model)
+            if cost is not None and (words := cost.outside(rows, 1, context)):
+                found.append(f"{model} on the {node}: {words}")
+    return "; ".join(found)
