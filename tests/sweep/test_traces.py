@@ -134,6 +134,21 @@ def test_what_a_failed_recording_has_done_is_kept(pair: dict[str, str], tmp_path
     assert record.progress == []
 
 
+def test_an_interrupted_recording_goes_on(tmp_path: Path) -> None:
+    scenario, jobs = planned({"target": "emulated:vocab_size=200", "drafter": "prompt-lookup"}, gamma=[2])
+
+    def stop(done: int, _: int) -> None:
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(ensure_trace(scenario, jobs, {}, tmp_path, CPU, stop))
+    assert len(load_trace(tmp_path / FILE).texts) == 3
+    record = Recorder(tmp_path)
+    assert len(record(scenario, jobs).texts) == 4
+    assert record.progress == [(0, 1), (1, 1)]
+
+
 @pytest.mark.parametrize("content", ["{", '{"version": 9}', "other models"])
 def test_a_useless_file_is_replaced(tmp_path: Path, content: str) -> None:
     models = {"target": "emulated:vocab_size=200", "drafter": "prompt-lookup"}
