@@ -128,18 +128,11 @@ class Scenario(Part):
     def _check_run(self) -> None:
         """What the named runtime and link cannot do; "auto" is checked once it is resolved."""
         check_wan(self.run, self.grid, self.link, self.tcp)
-        if self.run.link == "modelled":
-            if self.link.reorder_pct:
-                raise ValueError(
-                    f"link.reorder_pct is {self.link.reorder_pct:g} with run.link 'modelled'; "
-                    "needs netem or netem-uml"
-                )
-            for index, step in enumerate(self.link.steps):
-                if step.partition:
-                    raise ValueError(
-                        f"link.steps.{index}.partition is true with run.link 'modelled'; "
-                        "needs netem or netem-uml"
-                    )
+        if self.run.link == "modelled" and self.link.reorder_pct:
+            raise ValueError(
+                f"link.reorder_pct is {self.link.reorder_pct:g} with run.link 'modelled'; "
+                "needs netem or netem-uml"
+            )
         if self.run.runtime == "process":  # its nodes share the host's TCP
             if self.tcp.congestion != ["auto"]:
                 raise ValueError(

@@ -1,7 +1,8 @@
 """A connection through a modelled link: when does what is written at one end arrive at the other?
 
-Where nothing can be lost, TCP shows in nothing but its headers, and an arrival is arithmetic. Elsewhere, and
-for a write beyond TCP's first window, the two ends are run event by event (`dsdlab.sim.tcp`).
+Where nothing can be lost and nothing jitters, TCP shows in little but its headers, and an arrival is
+arithmetic (bare acknowledgements then take no capacity). Elsewhere, and for a write beyond TCP's first
+window, the two ends are run event by event (`dsdlab.sim.tcp`).
 """
 
 from __future__ import annotations
@@ -87,8 +88,8 @@ class Connection:
 
     @property
     def quiet(self) -> bool:
-        """Whether nothing can be lost and nothing is being repaired."""
-        if not (self.up._link.clean and self.down._link.clean and self._nodelay):
+        """Whether an arrival is arithmetic: a plain link both ways, and nothing that is being repaired."""
+        if not (self.up._link.plain and self.down._link.plain and self._nodelay):
             return False
         one, two = self.up.end, self.down.end
         return one is None or two is None or (not self.to_come and one.idle and two.idle)

@@ -64,6 +64,7 @@ class LinkDirection:
         "jitter_s",
         "loss",
         "out_s",
+        "plain",
         "profile",
         "s_per_byte",
         "stats",
@@ -96,6 +97,8 @@ class LinkDirection:
         self._chain = profile.gilbert_elliott() if profile.loss_burst > 1.0 else None
         self.clean = self.loss == 0.0 and not profile.partitioned
         """Whether every packet gets through."""
+        self.plain = self.clean and self.jitter_s == 0.0
+        """Whether it also makes no difference to a packet that acknowledgements are under way before it."""
 
     @property
     def rtt_s(self) -> float:
@@ -105,7 +108,7 @@ class LinkDirection:
     @property
     def by_segment(self) -> bool:
         """Whether segments of one write may arrive at different times."""
-        return self.s_per_byte > 0.0 or self.jitter_s > 0.0 or not self.clean
+        return self.s_per_byte > 0.0 or not self.plain
 
     def loses(self) -> bool:
         """Whether the next packet is lost; moves the loss chain on."""

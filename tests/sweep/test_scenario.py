@@ -83,6 +83,7 @@ def test_steps(tmp_path: Path) -> None:
         LinkStep(at_s=2, changes={"rate_up_mbit": None, "rate_down_mbit": 5.0, "rtt_ms": 150.0}),
         LinkStep(at_s=1, for_s=5, changes={"partitioned": True}),
     )
+    assert scenario.resolved("netns", "modelled").steps == scenario.steps  # the model can do them too
 
 
 def test_tcp_is_an_axis_and_part_of_the_cell(tmp_path: Path) -> None:
@@ -127,10 +128,6 @@ def test_whatever_changes_the_work_changes_the_id(tmp_path: Path, more: str) -> 
         (("[link]\nup_fraction = 1.5\n",), "link.up_fraction is 1.5; allowed: less than or equal to 1"),
         (("[link]\nrate_up_mbit = 'fast'\n",), "link.rate_up_mbit is 'fast'; allowed: a number"),
         (("[link]\nspeed = 1\n",), "unknown key 'link.speed'; allowed there: up_fraction, rate_up_mbit"),
-        (
-            ("[[link.steps]]\nat_s = 1\npartition = true\n",),
-            "link.steps.0.partition is true with run.link 'modelled'; needs netem or netem-uml",
-        ),
         (("[[link.steps]]\nat_s = 1\n",), "link.steps.0 changes nothing; allowed: one or more of rtt_ms"),
         (("[[link.steps]]\nrtt_ms = 1\n",), "link.steps.0.at_s is missing"),
         (("[[link.steps]]\nat_s = 1\nfor_s = 0\nrtt_ms = 1\n",), "link.steps.0.for_s is 0; allowed:"),
@@ -232,15 +229,15 @@ def test_a_wan_is_what_it_is(tmp_path: Path, parts: tuple[str, ...], says: str) 
 
 def test_auto_is_judged_once_it_is_resolved(tmp_path: Path) -> None:
     auto = "[run]\nruntime = 'auto'\nlink = 'auto'\n"
-    partition = "[[link.steps]]\nat_s = 1\npartition = true\n[tcp]\ncongestion = ['reno']\n"
-    scenario = read(tmp_path, GRID, partition, auto).pinned("content")
+    more = "[[link.steps]]\nat_s = 1\npartition = true\n[tcp]\ncongestion = ['reno']\n"
+    scenario = read(tmp_path, GRID, "[link]\nreorder_pct = 2\n", more, auto).pinned("content")
     real = scenario.resolved("netns", "netem-uml")
     assert (real.run.runtime, real.run.link, real.steps) == ("netns", "netem-uml", scenario.steps)
     assert real.cell_id(real.cells()[0]) != scenario.cell_id(scenario.cells()[0])
     assert real.cell_id(real.cells()[0]) == scenario.resolved("netns", "netem-uml").cell_id(real.cells()[0])
     assert real.pinned("").cell_id(real.cells()[0]) != real.cell_id(real.cells()[0]), "the pin was lost"
     for runtime, link, says in (
-        ("netns", "modelled", r"s\.toml: link\.steps\.0\.partition .* needs netem or netem-uml"),
+        ("netns", "modelled", r"s\.toml: link\.reorder_pct .* needs netem or netem-uml"),
         ("process", "netem", r"s\.toml: tcp\.congestion .* needs runtime netns or docker"),
         ("process", "string", r"run\.link is 'string'"),
     ):
