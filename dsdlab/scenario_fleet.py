@@ -76,6 +76,8 @@ def check_fleet(fleet: Fleet | None, grid: Grid, link: LinkPart, run: Run) -> No
         raise ValueError(
             "grid.mode is 'edge-sd' with [fleet], and shares nothing; allowed: cloud-ar, cloud-sd, dsd-sync"
         )
+    if link.reorder_pct:
+        raise ValueError(f"link.reorder_pct is {link.reorder_pct:g} with [fleet]; allowed: 0")
     if link.steps:
         raise ValueError("link.steps is not empty with [fleet]; allowed: a link that stays as it is")
     if run.link == "wan":
