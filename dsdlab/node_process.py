@@ -23,9 +23,11 @@ import msgspec
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import Engine, ModelError
+from dsdlab.models.calibrate import measure_node
 from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
+from dsdlab.models.measures import CalibrationFailed
 from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest, VerifierNode
 from dsdlab.probe import ProbeError, Reflector, measure
 from dsdlab.protocol import (
@@ -128,6 +130,31 @@ class Sockets:
         return dict(self._latest.tcp_state()) if self._latest is not None else {}
 
 
+class Engines:
+    """What a process computes with, for measuring: its thread, and the models it has loaded."""
+
+    def __init__(self) -> None:
+        self.compute: ThreadCompute | None = None
+        self.target: Engine | None = None
+        self.drafter: Drafter | None = None
+
+    async def calibrate(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Measure what forwards cost; an answer line. Sessions go on meanwhile, and disturb it."""
+        reply = {"id": message.get("id")}
+        try:
+            if self.compute is None:
+                raise CalibrationFailed("this node is not ready yet")
+            kinds: dict[str, type] = {"budget_s": float, "shared_caches": bool, "seed": int}
+            asked: dict[str, Any] = {
+                name: msgspec.convert(message[name], kinds[name]) for name in kinds if name in message
+            }
+            sampling = Sampling(**message.get("sampling", {}))
+            found = await measure_node(self.compute, self.target, self.drafter, sampling=sampling, **asked)
+        except (CalibrationFailed, ModelError, ValueError, TypeError) as e:
+            return reply | {"op": "error", "code": "calibrate", "message": str(e)}
+        return reply | {"op": "calibrated", "measures": msgspec.to_builtins(found)}
+
+
 async def run_verifier(options: NodeOptions, host: str, port: int, control: bool) -> None:
     """Serve until told to stop. Raises ModelError or ListenFailed before anything is listening."""
     target, drafter = await asyncio.to_thread(_load, options, True)
@@ -136,6 +163,8 @@ async def run_verifier(options: NodeOptions, host: str, port: int, control: bool
     compute = ThreadCompute()
     node = VerifierNode(target, compute, drafter=drafter, token=options.token)
     sockets = Sockets()
+    engines = Engines()
+    engines.compute, engines.target, engines.drafter = compute, target, drafter
 
     async def handler(channel: Channel) -> None:
         sockets.accepted(channel)
@@ -156,6 +185,8 @@ async def run_verifier(options: NodeOptions, host: str, port: int, control: bool
                     case "socket":
                         sockets.nodelay = bool(message.get("nodelay", sockets.nodelay))
                         return {"op": "socket", "id": message.get("id"), "state": sockets.state()}
+                    case "calibrate":
+                        return await engines.calibrate(message)
                     case op:
                         return {"op": "error", "id": message.get("id"), "code": "op",
                                 "message": f"unknown op {op!r}"}  # fmt: skip
@@ -170,8 +201,9 @@ async def run_verifier(options: NodeOptions, host: str, port: int, control: bool
 
 async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target: bool) -> None:
     """A drafter node under control. Raises ModelError or ConnectFailed."""
-    sockets = Sockets()
-    async with drafter_node(options, url, edge_target=edge_target, sockets=sockets) as (node, drafter):
+    sockets, engines = Sockets(), Engines()
+    loading = drafter_node(options, url, edge_target=edge_target, sockets=sockets, engines=engines)
+    async with loading as (node, drafter):
         await node.reconnect()  # with patience: the verifier may still be loading its model
         welcome = node.welcome
         info = {
@@ -185,6 +217,8 @@ async def run_drafter(options: NodeOptions, url: str, control: bool, edge_target
                     sockets.nodelay = bool(message.get("nodelay", sockets.nodelay))
                 case "probe":
                     return {"id": message.get("id"), **await _probe(url, options.token, message)}
+                case "calibrate":
+                    return await engines.calibrate(message)
             reply = await _answer(node, message)
             return reply | {"socket": sockets.state()} if reply["op"] == "reconnected" else reply
 
@@ -219,18 +253,20 @@ async def drafter_node(
     edge_target: bool = False,
     patience_s: float = 60.0,
     sockets: Sockets | None = None,
+    engines: Engines | None = None,
 ) -> AsyncIterator[tuple[DrafterNode, Drafter | None]]:
     """A drafter node dialling `url`, with its engines loaded; closed at the end of the block.
 
     edge_target: also load the target here, for `edge-sd`.
-    sockets: where its connections are noted.
+    sockets, engines: where its connections, and what it computes with, are noted.
     """
-    sockets = sockets or Sockets()
+    sockets, engines = sockets or Sockets(), engines or Engines()
     target, drafter = await asyncio.to_thread(_load, options, edge_target)
     tokenizer = drafter.tokenizer if drafter else ""
     if not tokenizer and (loaded := await asyncio.to_thread(load_tokenizer, options.target)):
         tokenizer = loaded.fingerprint
     compute = ThreadCompute()
+    engines.compute, engines.target, engines.drafter = compute, target, drafter
     node = DrafterNode(
         lambda: sockets.dial(url),
         compute,

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import msgspec
 
+from dsdlab.models.measures import Measures
 from dsdlab.sim.profile import LinkProfile, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure, judge
 from testbed.fabric import VERIFIER, edge_name
@@ -32,6 +33,7 @@ PINGS = (3, 4, 8)
 profile: a busy processor or a lost packet makes a few of them late, a wrong link most of them."""
 WAN_PINGS = 9
 """The same where nobody knows what the round trip is meant to be."""
+CALIBRATION_LIMIT_S = 900.0  # three repeats of everything, however slow the model is
 SLOTS = 8  # sessions of a verifier that is not told otherwise
 OFFSET_RTT_MS = 20.0  # what a box takes for itself is measured at this round trip
 OFFSET_PROBES = 200
@@ -347,6 +349,32 @@ class Testbed:
             if not judge(profile, measure):
                 break
         return measure
+
+    async def measure_models(
+        self,
+        edge: int | None = None,
+        *,
+        sampling: Mapping[str, Any] | None = None,
+        budget_s: float | None = None,
+        seed: int = 0,
+    ) -> dict[str, Measures]:
+        """What forwards of a node's models cost, measured in its compute thread: "target", "drafter" or both.
+
+        edge: an edge node's index; None: the verifier. sampling: how tokens are drawn, as in a job. budget_s:
+        about how long it may take; default: the node's own. Nothing else should run on the bed meanwhile.
+        Raises NodeError, NodeDied, TimeoutError, or RuntimeFailed for an external verifier.
+        """
+        node = self.verifier if edge is None else self.edge(edge)
+        message: dict[str, Any] = {
+            "op": "calibrate",
+            "sampling": dict(sampling or {}),
+            "shared_caches": self.external is None,
+            "seed": seed,
+        }
+        if budget_s is not None:
+            message["budget_s"] = budget_s
+        answer = await node.request(message, CALIBRATION_LIMIT_S + (budget_s or 0.0))
+        return msgspec.convert(answer["measures"], dict[str, Measures])
 
     async def _probe(self, edge: int, plan: dict[str, Any]) -> LinkMeasure:
         wait_s = 30.0 + plan["n"] * plan["gap_s"] + 10.0 * (plan["rtt_s"] + plan["train_s"])

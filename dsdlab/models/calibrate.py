@@ -1,0 +1,492 @@
+"""What a loaded model costs on this node: measured in its compute thread, by the functions that nodes call.
+
+A forward's cost depends on its sizes, and on what ran before it. So sizes are measured in random order, each
+repeat at other contexts; and apart from them, what forwards take after the node was idle for a while, and
+after another model, whose weights have gone through the caches. A target's work is `judge`, a drafter's one
+token of `propose`: choosing the token and all the Python around it are in the time, as they are in a node's.
+Sessions are rolled back between measurements, so that nothing grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from dsdlab.decoding import Sampling, verify
+from dsdlab.models.base import Chunk, Engine
+from dsdlab.models.compute import Compute
+from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter
+from dsdlab.models.measures import Drawn, Measures, Rested, Sample, Sizes
+from dsdlab.nodes.step import judge
+
+__all__ = ["calibration_text", "measure_drafter", "measure_node", "measure_target", "model_of"]
+
+T = TypeVar("T")
+Work = Callable[[], Awaitable[None]]
+
+GREEDY = Sampling()
+SWEEP_BYTES = 64 << 20  # twice the last-level cache of common processors
+LEAST_REPEATS = 3
+PREFILL_EVERY = 3  # prompts take long: after the first repeats they are measured in every third
+REST_EVERY = 2  # a target's rests, likewise
+OTHER_TIMES = 3  # a drafter follows another model, in every repeat
+FEW_ROWS = 3  # of the row counts, so many are measured at every context
+WINDOW = 5  # rows of a target's window where its size does not matter
+STEPS = 6  # of a drafter after a rest
+DRAWN_ROWS = (1, WINDOW)
+TARGET_BUDGET_S, DRAFTER_BUDGET_S = 26.0, 10.0
+
+
+def model_of(drafter: Drafter | None) -> ModelDrafter | None:
+    """The model inside a drafter; None where there is none to measure."""
+    if isinstance(drafter, LookupFirst):
+        return drafter.model
+    return drafter if isinstance(drafter, ModelDrafter) else None
+
+
+def calibration_text(vocab_size: int, length: int, seed: int) -> list[int]:
+    """Token ids that repeat as little as the vocabulary allows, so that prompt lookup finds nothing."""
+    rng = np.random.default_rng(seed)
+    ids = np.arange(1, vocab_size)
+    parts = [rng.permutation(ids) for _ in range(-(-length // len(ids)))]
+    return [int(i) for i in np.concatenate(parts)[:length]]
+
+
+class _Caches:
+    """Memory to pull through the caches, more than they hold, as another model's weights are."""
+
+    def __init__(self) -> None:
+        self._memory: npt.NDArray[np.float64] = np.ones(SWEEP_BYTES // 8)
+
+    def sweep(self) -> None:
+        self._memory.sum()
+
+
+class _Run:
+    """One calibration under way: how long it may go on, and what has been found."""
+
+    def __init__(self, model: str, compute: Compute, sizes: Sizes, budget_s: float, seed: int) -> None:
+        self.out = Measures(model=model)
+        self.rng = random.Random(seed)
+        self.sizes = sizes
+        self.middle = len(sizes.contexts) // 2
+        self._compute = compute
+        self._budget_s = budget_s
+
+    def contexts(self) -> list[int]:
+        """Positions held before, for a repeat."""
+        return [c + self.rng.randrange(self.sizes.spread) for c in self.sizes.contexts]
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """(session, rows): every row count at the middle context, some at the others, one row twice."""
+        pairs = [(self.middle, rows) for rows in (1, *self.sizes.rows)]
+        others = [i for i in range(len(self.sizes.contexts)) if i != self.middle]
+        return pairs + [(session, rows) for session in others for rows in _few(self.sizes.rows)]
+
+    def repeats(self) -> Iterator[int]:
+        """Numbers of repeats: as many as the budget allows, and never fewer than three."""
+        begun_s = time.perf_counter()
+        longest_s = 0.0
+        while self.out.repeats < LEAST_REPEATS or self.out.wall_s + longest_s < self._budget_s:
+            before_s = self.out.wall_s
+            yield self.out.repeats
+            self.out.repeats += 1
+            self.out.wall_s = time.perf_counter() - begun_s
+            longest_s = max(longest_s, self.out.wall_s - before_s)
+
+    @staticmethod
+    def turn(number: int, every: int) -> bool:
+        """Whether a repeat measures what only every so many do."""
+        return number < LEAST_REPEATS or number % every == 0
+
+    async def quietly(self, work: Callable[[], T]) -> T:
+        """Run in the compute thread what is not measured."""
+        return (await self._compute.run(work))[0]
+
+    async def timed(self, work: Callable[[], T]) -> T:
+        """Run a measurement in the compute thread, and note the hop there and back."""
+        asked_s = time.perf_counter()
+        found, timing = await self._compute.run(work)
+        self.out.hops_s.append(time.perf_counter() - asked_s - timing.queue_s - timing.compute_s)
+        return found
+
+    async def in_random_order(self, work: list[Work]) -> None:
+        self.rng.shuffle(work)
+        for one in work:
+            await one()
+
+
+def _few(rows: Sequence[int]) -> list[int]:
+    """Some of them: the least and others evenly between it and the middle."""
+    step = max(1, len(rows) // (2 * FEW_ROWS - 1))
+    return list(rows[: FEW_ROWS * step : step])
+
+
+class _TargetForwards:
+    """Single forwards of a target, in the compute thread, from a text of which slots hold the beginning."""
+
+    def __init__(self, engine: Engine, text: Sequence[int]) -> None:
+        self._engine = engine
+        self._text = list(text)
+        self._slots: dict[int, int] = {}
+
+    def hold(self, session: int, length: int) -> int:
+        """A slot that holds exactly the text's first `length` tokens."""
+        if session not in self._slots:
+            self._slots[session] = self._engine.open()
+        slot = self._slots[session]
+        held = min(self._engine.length(slot), length)
+        self._engine.rollback(slot, held)
+        if held < length:
+            self._engine.choose([Chunk(slot, self._text[held:length], 0)], [GREEDY])
+        return slot
+
+    def judge(self, session: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample:
+        """One step of a node: a window of `rows` - 1 tokens after `context` + 1, or a prompt at context 0."""
+        slot = self.hold(session, context)
+        ids, draft = self._text[: context + 1], self._text[context + 1 : context + rows]
+        begun_s = time.perf_counter()
+        judge(self._engine, slot, ids, draft, sampling)
+        seconds = time.perf_counter() - begun_s
+        self._engine.rollback(slot, context)
+        return Sample(rows, 1, context, seconds)
+
+    def prompt(self, session: int, rows: int) -> Sample:
+        slot = self.hold(session, 0)
+        ids = self._text[:rows]
+        begun_s = time.perf_counter()
+        judge(self._engine, slot, ids, (), GREEDY)
+        return Sample(rows, 1, 0, time.perf_counter() - begun_s)
+
+    def batch(self, contexts: Sequence[int], rows: int) -> Sample:
+        """A window of each of several sessions in one forward."""
+        slots = [self.hold(session, context) for session, context in enumerate(contexts)]
+        chunks = [Chunk(s, self._text[c : c + rows], rows) for s, c in zip(slots, contexts, strict=True)]
+        samplings = [GREEDY] * len(chunks)
+        begun_s = time.perf_counter()
+        for chunk, picks in zip(chunks, self._engine.choose(chunks, samplings), strict=True):
+            verify(chunk.ids[1:], picks)
+        seconds = time.perf_counter() - begun_s
+        for slot, context in zip(slots, contexts, strict=True):
+            self._engine.rollback(slot, context)
+        return Sample(rows * len(contexts), len(contexts), sum(contexts), seconds)
+
+    def close(self) -> None:
+        for slot in self._slots.values():
+            self._engine.close(slot)
+
+
+class _DrafterForwards:
+    """Single forwards of a drafter's model, in the compute thread, by `propose`, one token at a time."""
+
+    def __init__(self, drafter: Drafter, text: Sequence[int]) -> None:
+        self._drafter = drafter
+        self._text = list(text)
+        self._slots: dict[int, int] = {}
+
+    def hold(self, session: int, length: int) -> int:
+        """A slot whose session has just proposed after the text's first `length` tokens."""
+        if session not in self._slots:
+            self._slots[session] = self._drafter.open()
+        slot = self._slots[session]
+        self._drafter.propose(slot, self._text[:length], 1, GREEDY)
+        return slot
+
+    def propose(self, slot: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
+        """One token, which costs a forward of `rows` after `context`; None where no model was asked."""
+        ids = self._text[: context + rows]
+        begun_s = time.perf_counter()
+        self._drafter.propose(slot, ids, 1, sampling)
+        seconds = time.perf_counter() - begun_s
+        return Sample(rows, 1, context, seconds) if any(self._drafter.by_model) else None
+
+    def catch_up(self, session: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
+        return self.propose(self.hold(session, context), context, rows, sampling)
+
+    def prompt(self, rows: int) -> Sample | None:
+        slot = self._drafter.open()
+        try:
+            return self.propose(slot, 0, rows)
+        finally:
+            self._drafter.close(slot)
+
+    def window(self, session: int, context: int) -> list[Sample]:
+        """Forwards of one row in a row, after a `hold` at `context` some time before."""
+        steps = [self.propose(self._slots[session], context + i, 1) for i in range(STEPS)]
+        return [step for step in steps if step is not None]
+
+    def close(self) -> None:
+        for slot in self._slots.values():
+            self._drafter.close(slot)
+
+
+class _TargetRun(_Run):
+    """What is measured of a target, repeat by repeat."""
+
+    def __init__(
+        self, engine: Engine, compute: Compute, sizes: Sizes, sampling: Sampling, budget_s: float, seed: int
+    ) -> None:
+        super().__init__(engine.info.model_id, compute, sizes, budget_s, seed)
+        text = calibration_text(engine.info.vocab_size, engine.info.max_context, seed)
+        self.forwards = _TargetForwards(engine, text)
+        self.beside: _DrafterForwards | None = None
+        self._sampling = sampling
+        self._contexts: list[int] = []
+
+    async def repeat(self, number: int) -> None:
+        sizes = self.sizes
+        self._contexts = self.contexts()
+        for session, context in enumerate(self._contexts):
+            await self.quietly(partial(self.forwards.hold, session, context))
+        work: list[Work] = [partial(self._window, session, rows) for session, rows in self.pairs()]
+        work += [partial(self._batch, many, rows) for many in sizes.batches for rows in sizes.batch_rows]
+        if self.turn(number, PREFILL_EVERY):
+            work += [partial(self._prompt, rows) for rows in sizes.prefills]
+        if self.turn(number, REST_EVERY):
+            work += [partial(self._after_idle, idle_s) for idle_s in sizes.idle_s]
+        if self.beside is not None:
+            work.append(self._after_other)
+        if not self._sampling.greedy:
+            work += [partial(self._draw, rows) for rows in DRAWN_ROWS]
+        await self.in_random_order(work)
+
+    def _here(self, rows: int = WINDOW, sampling: Sampling = GREEDY) -> Sample:
+        return self.forwards.judge(self.middle, self._contexts[self.middle], rows, sampling)
+
+    async def _window(self, session: int, rows: int) -> None:
+        context = self._contexts[session]
+        self.out.forwards.append(await self.timed(lambda: self.forwards.judge(session, context, rows)))
+
+    async def _batch(self, many: int, rows: int) -> None:
+        held = [*self._contexts, *[self._contexts[self.middle]] * many][:many]
+        for session, context in enumerate(held):
+            await self.quietly(partial(self.forwards.hold, session, context))
+        self.out.forwards.append(await self.timed(lambda: self.forwards.batch(held, rows)))
+
+    async def _prompt(self, rows: int) -> None:
+        session = -1  # of its own
+        self.out.forwards.append(await self.timed(lambda: self.forwards.prompt(session, rows)))
+
+    async def _after_idle(self, idle_s: float) -> None:
+        await self.quietly(self._here)
+        await asyncio.sleep(idle_s)
+        found = [await self.timed(self._here) for _ in range(3)]
+        self.out.rested.append(Rested(idle_s, found))
+
+    async def _after_other(self) -> None:
+        assert self.beside is not None
+        here = self._contexts[self.middle]
+        await self.quietly(partial(self.beside.hold, 0, here))
+        await self.quietly(partial(self.beside.window, 0, here))
+        self.out.rested.append(Rested(None, [await self.timed(self._here)]))
+
+    async def _draw(self, rows: int) -> None:
+        greedy = await self.timed(partial(self._here, rows))
+        drawn = await self.timed(partial(self._here, rows, self._sampling))
+        self.out.drawn.append(Drawn(rows, greedy.seconds, drawn.seconds))
+
+
+class _DrafterRun(_Run):
+    """What is measured of a drafter's model, repeat by repeat."""
+
+    def __init__(
+        self,
+        drafter: Drafter,
+        model: ModelDrafter,
+        compute: Compute,
+        sizes: Sizes,
+        sampling: Sampling,
+        budget_s: float,
+        seed: int,
+    ) -> None:
+        super().__init__(model.name, compute, sizes, budget_s, seed)
+        info = model.engine.info
+        self.text = calibration_text(info.vocab_size, info.max_context, seed)
+        self.forwards = _DrafterForwards(drafter, self.text)
+        self.beside: _TargetForwards | None = None
+        self.caches: _Caches | None = None
+        self._sampling = sampling
+        self._contexts: list[int] = []
+
+    async def repeat(self, number: int) -> None:
+        sizes = self.sizes
+        self._contexts = self.contexts()
+        work: list[Work] = [partial(self._catch_up, session, rows) for session, rows in self.pairs()]
+        if self.turn(number, PREFILL_EVERY):
+            work += [partial(self._prompt, rows) for rows in sizes.prefills]
+        work += [self._after_other] * OTHER_TIMES
+        if self.beside is None:  # else it runs only after the target
+            work += [partial(self._after_idle, idle_s) for idle_s in sizes.idle_s]
+        if not self._sampling.greedy:
+            work += [self._draw] * 2
+        await self.in_random_order(work)
+
+    def _warm(self, session: int) -> None:
+        """Several forwards in a row, so that the next one finds its weights in the caches."""
+        for _ in range(3):
+            self.forwards.hold(session, self._contexts[session])
+
+    async def _catch_up(self, session: int, rows: int) -> None:
+        context = self._contexts[session]
+
+        def work() -> Sample | None:
+            self._warm(session)
+            return self.forwards.catch_up(session, context, rows)
+
+        if (found := await self.quietly(work)) is not None:
+            self.out.forwards.append(found)
+
+    async def _prompt(self, rows: int) -> None:
+        await self.quietly(partial(self._warm, self.middle))
+        if (found := await self.timed(lambda: self.forwards.prompt(rows))) is not None:
+            self.out.forwards.append(found)
+
+    async def _window(self) -> list[Sample]:
+        return await self.timed(lambda: self.forwards.window(self.middle, self._contexts[self.middle]))
+
+    async def _after_idle(self, idle_s: float) -> None:
+        """The other node computes meanwhile; where it shares this one's caches, so does the sweep."""
+        await self.quietly(partial(self.forwards.hold, self.middle, self._contexts[self.middle]))
+        if self.caches is not None:
+            await self.quietly(self.caches.sweep)
+        await asyncio.sleep(idle_s)
+        self.out.rested.append(Rested(idle_s, await self._window()))
+
+    async def _after_other(self) -> None:
+        here = self._contexts[self.middle]
+        await self.quietly(partial(self.forwards.hold, self.middle, here))
+        if self.beside is not None:
+            await self.quietly(partial(self.beside.judge, 0, here, WINDOW))
+        elif self.caches is not None:
+            await self.quietly(self.caches.sweep)
+        else:
+            return
+        self.out.rested.append(Rested(None, await self._window()))
+
+    async def _draw(self) -> None:
+        context = self._contexts[self.middle]
+        pair: list[Sample | None] = []
+        for sampling in (GREEDY, self._sampling):
+            await self.quietly(partial(self._warm, self.middle))
+            pair.append(
+                await self.quietly(partial(self.forwards.catch_up, self.middle, context, 1, sampling))
+            )
+        greedy, drawn = pair
+        if greedy is not None and drawn is not None:
+            self.out.drawn.append(Drawn(1, greedy.seconds, drawn.seconds))
+
+
+async def measure_target(
+    engine: Engine,
+    compute: Compute,
+    *,
+    beside: Drafter | None = None,
+    sampling: Sampling = GREEDY,
+    sizes: Sizes | None = None,
+    budget_s: float = TARGET_BUDGET_S,
+    seed: int = 0,
+) -> Measures:
+    """Measure a target where it is loaded; the event loop stays free.
+
+    beside: the drafter on the same node: what the target takes after it. sampling: how tokens are drawn,
+    where they are not chosen greedily. budget_s: no new repeat that would not end before; three are always
+    made.
+    Raises NoFreeSlot while sessions are under way, CalibrationFailed where there is too little context.
+    """
+    sizes = (sizes or Sizes()).within(engine.info.max_context)
+    run = _TargetRun(engine, compute, sizes, sampling, budget_s, seed)
+    if beside is not None and (model := model_of(beside)) is not None:
+        info = model.engine.info
+        run.beside = _DrafterForwards(beside, calibration_text(info.vocab_size, info.max_context, seed))
+    try:
+        for number in run.repeats():
+            await run.repeat(number)
+    finally:
+        await compute.run(run.forwards.close)
+        if run.beside is not None:
+            await compute.run(run.beside.close)
+    return run.out
+
+
+async def measure_drafter(
+    drafter: Drafter,
+    compute: Compute,
+    *,
+    beside: Engine | None = None,
+    shared_caches: bool = True,
+    sampling: Sampling = GREEDY,
+    sizes: Sizes | None = None,
+    budget_s: float = DRAFTER_BUDGET_S,
+    seed: int = 0,
+) -> Measures | None:
+    """Measure a drafter's model where it is loaded; None where it has none (prompt lookup costs nothing).
+
+    beside: the target on the same node. shared_caches: whether whoever computes while this node is idle pulls
+    its weights through this processor's caches, as on the testbed. The rest is as for `measure_target`.
+    """
+    model = model_of(drafter)
+    if model is None:
+        return None
+    max_context = model.engine.info.max_context
+    if beside is not None:
+        max_context = min(max_context, beside.info.max_context)
+    sizes = (sizes or Sizes.of_drafter()).within(max_context - STEPS)
+    run = _DrafterRun(drafter, model, compute, sizes, sampling, budget_s, seed)
+    if beside is not None:
+        length = beside.info.max_context
+        run.beside = _TargetForwards(beside, calibration_text(beside.info.vocab_size, length, seed))
+    if shared_caches:
+        run.caches = _Caches()
+    try:
+        for number in run.repeats():
+            await run.repeat(number)
+    finally:
+        await compute.run(run.forwards.close)
+        if run.beside is not None:
+            await compute.run(run.beside.close)
+    return run.out
+
+
+async def measure_node(
+    compute: Compute,
+    target: Engine | None,
+    drafter: Drafter | None,
+    *,
+    sampling: Sampling = GREEDY,
+    shared_caches: bool = True,
+    budget_s: float = TARGET_BUDGET_S + DRAFTER_BUDGET_S,
+    seed: int = 0,
+) -> dict[str, Measures]:
+    """Measure what a node has loaded: "target", "drafter" or both. `budget_s` is of all."""
+    out = {}
+    share = DRAFTER_BUDGET_S / (TARGET_BUDGET_S + DRAFTER_BUDGET_S)
+    measured = model_of(drafter) is not None
+    if target is not None:
+        out["target"] = await measure_target(
+            target,
+            compute,
+            beside=drafter,
+            sampling=sampling,
+            budget_s=budget_s * (1.0 - share) if measured else budget_s,
+            seed=seed,
+        )
+    if drafter is not None:
+        found = await measure_drafter(
+            drafter,
+            compute,
+            beside=target,
+            shared_caches=shared_caches,
+            sampling=sampling,
+            budget_s=budget_s * share if target is not None else budget_s,
+            seed=seed,
+        )
+        if found is not None:
+            out["drafter"] = found
+    return out
