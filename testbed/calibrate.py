@@ -37,6 +37,7 @@ LINK_RTT_MS = 20.0
 ROUNDS, PINGS, PROBES = 3, 16, 60
 PROMPT, STREAMED = 64, 48  # tokens of the stream that is timed
 STREAMS = 3
+BUSY = 0.1  # of the forwards were disturbed: the user should know
 
 OnStage = Callable[[str], None]
 
@@ -182,6 +183,7 @@ def _told(found: dict[str, Measures]) -> dict[str, Any]:
             "model": measures.model,
             "repeats": measures.repeats,
             "wall_s": measures.wall_s,
+            "disturbed": measures.disturbed,
             "thread_hop_p50_s": median(measures.hops_s) if measures.hops_s else 0.0,
         }
         for model, measures in found.items()
@@ -229,6 +231,20 @@ def show_profile(profile: SystemProfile, console: Console) -> None:
             f"receive {_us(costs.recv_s)} µs",
             highlight=False,
         )
+    _warn(profile, console)
+
+
+def _warn(profile: SystemProfile, console: Console) -> None:
+    """Say where the machine was not quiet."""
+    nodes = profile.provenance.get("nodes")
+    for node, models in nodes.items() if isinstance(nodes, dict) else ():
+        for model, told in models.items():
+            if told["disturbed"] > BUSY:
+                console.print(
+                    f"[yellow]other work had the core during {told['disturbed']:.0%} of the {model}'s "
+                    f"forwards on the {node} node; calibrate again when the machine is quiet[/]",
+                    highlight=False,
+                )
 
 
 def _ms(seconds: float) -> str:

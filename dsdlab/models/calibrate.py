@@ -10,6 +10,8 @@ Sessions are rolled back between measurements, so that nothing grows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -41,7 +43,7 @@ FEW_ROWS = 3  # of the row counts, so many are measured at every context
 WINDOW = 5  # rows of a target's window where its size does not matter
 STEPS = 6  # of a drafter after a rest
 DRAWN_ROWS = (1, WINDOW)
-TARGET_BUDGET_S, DRAFTER_BUDGET_S = 26.0, 10.0
+TARGET_BUDGET_S, DRAFTER_BUDGET_S = 30.0, 10.0
 
 
 def model_of(drafter: Drafter | None) -> ModelDrafter | None:
@@ -67,6 +69,33 @@ class _Caches:
 
     def sweep(self) -> None:
         self._memory.sum()
+
+
+class _Clock:
+    """Times work in the thread that it runs in, and asks the kernel for how long that thread had to wait.
+
+    Linux tells it: proc(5), /proc/PID/schedstat, the time spent waiting on a run queue, in ns.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        with contextlib.suppress(OSError):  # not Linux, or not told
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+
+    def _waited_s(self) -> float:
+        return 0.0 if self._file is None else int(os.pread(self._file, 128, 0).split()[1]) / 1e9
+
+    def sample(self, tokens: int, batch: int, context: int, work: Callable[[], object]) -> Sample:
+        """Do the work, which is a forward of these sizes."""
+        waited_s = self._waited_s()
+        begun_s = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - begun_s
+        return Sample(tokens, batch, context, seconds, self._waited_s() - waited_s)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
 
 
 class _Run:
@@ -136,6 +165,14 @@ class _TargetForwards:
         self._engine = engine
         self._text = list(text)
         self._slots: dict[int, int] = {}
+        self._clock: _Clock | None = None
+
+    @property
+    def clock(self) -> _Clock:
+        """Of the thread that asks, always the same one."""
+        if self._clock is None:
+            self._clock = _Clock()
+        return self._clock
 
     def hold(self, session: int, length: int) -> int:
         """A slot that holds exactly the text's first `length` tokens."""
@@ -152,35 +189,34 @@ class _TargetForwards:
         """One step of a node: a window of `rows` - 1 tokens after `context` + 1, or a prompt at context 0."""
         slot = self.hold(session, context)
         ids, draft = self._text[: context + 1], self._text[context + 1 : context + rows]
-        begun_s = time.perf_counter()
-        judge(self._engine, slot, ids, draft, sampling)
-        seconds = time.perf_counter() - begun_s
+        found = self.clock.sample(rows, 1, context, lambda: judge(self._engine, slot, ids, draft, sampling))
         self._engine.rollback(slot, context)
-        return Sample(rows, 1, context, seconds)
+        return found
 
     def prompt(self, session: int, rows: int) -> Sample:
         slot = self.hold(session, 0)
         ids = self._text[:rows]
-        begun_s = time.perf_counter()
-        judge(self._engine, slot, ids, (), GREEDY)
-        return Sample(rows, 1, 0, time.perf_counter() - begun_s)
+        return self.clock.sample(rows, 1, 0, lambda: judge(self._engine, slot, ids, (), GREEDY))
 
     def batch(self, contexts: Sequence[int], rows: int) -> Sample:
         """A window of each of several sessions in one forward."""
         slots = [self.hold(session, context) for session, context in enumerate(contexts)]
         chunks = [Chunk(s, self._text[c : c + rows], rows) for s, c in zip(slots, contexts, strict=True)]
         samplings = [GREEDY] * len(chunks)
-        begun_s = time.perf_counter()
-        for chunk, picks in zip(chunks, self._engine.choose(chunks, samplings), strict=True):
-            verify(chunk.ids[1:], picks)
-        seconds = time.perf_counter() - begun_s
+
+        def work() -> None:
+            for chunk, picks in zip(chunks, self._engine.choose(chunks, samplings), strict=True):
+                verify(chunk.ids[1:], picks)
+
+        found = self.clock.sample(rows * len(contexts), len(contexts), sum(contexts), work)
         for slot, context in zip(slots, contexts, strict=True):
             self._engine.rollback(slot, context)
-        return Sample(rows * len(contexts), len(contexts), sum(contexts), seconds)
+        return found
 
     def close(self) -> None:
         for slot in self._slots.values():
             self._engine.close(slot)
+        self.clock.close()
 
 
 class _DrafterForwards:
@@ -190,6 +226,14 @@ class _DrafterForwards:
         self._drafter = drafter
         self._text = list(text)
         self._slots: dict[int, int] = {}
+        self._clock: _Clock | None = None
+
+    @property
+    def clock(self) -> _Clock:
+        """Of the thread that asks, always the same one."""
+        if self._clock is None:
+            self._clock = _Clock()
+        return self._clock
 
     def hold(self, session: int, length: int) -> int:
         """A slot whose session has just proposed after the text's first `length` tokens."""
@@ -202,10 +246,8 @@ class _DrafterForwards:
     def propose(self, slot: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
         """One token, which costs a forward of `rows` after `context`; None where no model was asked."""
         ids = self._text[: context + rows]
-        begun_s = time.perf_counter()
-        self._drafter.propose(slot, ids, 1, sampling)
-        seconds = time.perf_counter() - begun_s
-        return Sample(rows, 1, context, seconds) if any(self._drafter.by_model) else None
+        found = self.clock.sample(rows, 1, context, lambda: self._drafter.propose(slot, ids, 1, sampling))
+        return found if any(self._drafter.by_model) else None
 
     def catch_up(self, session: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
         return self.propose(self.hold(session, context), context, rows, sampling)
@@ -225,6 +267,7 @@ class _DrafterForwards:
     def close(self) -> None:
         for slot in self._slots.values():
             self._drafter.close(slot)
+        self.clock.close()
 
 
 class _TargetRun(_Run):
@@ -290,7 +333,8 @@ class _TargetRun(_Run):
     async def _draw(self, rows: int) -> None:
         greedy = await self.timed(partial(self._here, rows))
         drawn = await self.timed(partial(self._here, rows, self._sampling))
-        self.out.drawn.append(Drawn(rows, greedy.seconds, drawn.seconds))
+        if not (greedy.disturbed or drawn.disturbed):
+            self.out.drawn.append(Drawn(rows, greedy.seconds, drawn.seconds))
 
 
 class _DrafterRun(_Run):
@@ -379,7 +423,7 @@ class _DrafterRun(_Run):
                 await self.quietly(partial(self.forwards.catch_up, self.middle, context, 1, sampling))
             )
         greedy, drawn = pair
-        if greedy is not None and drawn is not None:
+        if greedy is not None and drawn is not None and not (greedy.disturbed or drawn.disturbed):
             self.out.drawn.append(Drawn(1, greedy.seconds, drawn.seconds))
 
 
@@ -461,20 +505,23 @@ async def measure_node(
     *,
     sampling: Sampling = GREEDY,
     shared_caches: bool = True,
-    budget_s: float = TARGET_BUDGET_S + DRAFTER_BUDGET_S,
+    budget_s: float | None = None,
     seed: int = 0,
 ) -> dict[str, Measures]:
-    """Measure what a node has loaded: "target", "drafter" or both. `budget_s` is of all."""
+    """Measure what a node has loaded: "target", "drafter" or both.
+
+    budget_s: for all of it, divided as the defaults are.
+    """
     out = {}
-    share = DRAFTER_BUDGET_S / (TARGET_BUDGET_S + DRAFTER_BUDGET_S)
-    measured = model_of(drafter) is not None
+    budgets = [TARGET_BUDGET_S] * (target is not None) + [DRAFTER_BUDGET_S] * (model_of(drafter) is not None)
+    scale = 1.0 if budget_s is None or not budgets else budget_s / sum(budgets)
     if target is not None:
         out["target"] = await measure_target(
             target,
             compute,
             beside=drafter,
             sampling=sampling,
-            budget_s=budget_s * (1.0 - share) if measured else budget_s,
+            budget_s=TARGET_BUDGET_S * scale,
             seed=seed,
         )
     if drafter is not None:
@@ -484,7 +531,7 @@ async def measure_node(
             beside=target,
             shared_caches=shared_caches,
             sampling=sampling,
-            budget_s=budget_s * share if target is not None else budget_s,
+            budget_s=DRAFTER_BUDGET_S * scale,
             seed=seed,
         )
         if found is not None:

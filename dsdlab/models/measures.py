@@ -11,13 +11,26 @@ class CalibrationFailed(ValueError):
     """A model cannot be measured; one line for the user."""
 
 
+DISTURBED = 0.01
+
+
 class Sample(msgspec.Struct, frozen=True, array_like=True):
-    """One forward: rows of all sessions, sessions, positions that they held before in all, seconds."""
+    """One forward: rows of all sessions, sessions, positions that they held before in all, seconds.
+
+    waited_s: for how long of it the thread could have run and was not let: other work had its core. 0 where
+    the kernel does not tell.
+    """
 
     tokens: int
     batch: int
     context: int
     seconds: float
+    waited_s: float = 0.0
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether it took longer, by more than a hundredth, for what is none of the model's."""
+        return self.waited_s > DISTURBED * self.seconds
 
 
 class Rested(msgspec.Struct, frozen=True):
@@ -48,6 +61,12 @@ class Measures(msgspec.Struct, kw_only=True):
     hops_s: list[float] = []
     repeats: int = 0
     wall_s: float = 0.0
+
+    @property
+    def disturbed(self) -> float:
+        """The share of forwards during which other work had the core."""
+        every = [*self.forwards, *(f for rest in self.rested for f in rest.forwards)]
+        return sum(f.disturbed for f in every) / len(every) if every else 0.0
 
 
 class Sizes(msgspec.Struct, frozen=True, kw_only=True):

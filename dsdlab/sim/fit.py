@@ -2,8 +2,10 @@
 
 The straight line is a non-negative least-squares fit (Lawson and Hanson, "Solving Least Squares Problems",
 1974) of relative errors, reweighted until outliers have no say (iteratively reweighted least squares with
-Tukey's biweight; Holland and Welsch, 1977). What is left at each row count becomes `by_rows`, by medians. The
-outliers are in the residuals, whose mean is that of all measurements: a simulated run is as late on average.
+Tukey's biweight; Holland and Welsch, 1977). What is left at each row count becomes `by_rows`, by medians. A
+forward during which other work had the core counts only where there is no other of its size. All of them, and
+all outliers, are in the residuals, whose mean is that of all measurements: a simulated run is as late on
+average.
 """
 
 from __future__ import annotations
@@ -45,12 +47,11 @@ def fit_measures(measures: Measures) -> ForwardCost:
 def fit_forward(samples: Sequence[Sample], what: str = "measurements") -> ForwardCost:
     """The form of a model that has just run. Raises UnfitMeasures for times that are none, or too few."""
     _check(samples, what)
-    sizes = np.array([(s.tokens, s.batch, s.context) for s in samples], dtype=np.float64)
-    times = np.array([s.seconds for s in samples])  # [N]
-    columns = _columns(sizes)  # [N, 5]
+    known = _undisturbed(samples)
+    columns = _columns(known)  # [N, 5]
+    times = np.array([s.seconds for s in known])  # [N]
     coefficients = _robust_line(columns, times)
-    line = columns @ coefficients
-    knots = _by_rows(samples, times - line)
+    knots = _by_rows(known, times - columns @ coefficients)
     base_s, per_token_s, per_token2_s, per_session_s, per_context_s = map(float, coefficients)
     cost = ForwardCost(
         base_s=base_s,
@@ -63,20 +64,21 @@ def fit_forward(samples: Sequence[Sample], what: str = "measurements") -> Forwar
         batch=_range(s.batch for s in samples),
         context=_range(s.context // s.batch for s in samples),
     )
+    every = np.array([s.seconds for s in samples])
     fitted = np.array([cost.cost_s(s.tokens, s.batch, s.context) for s in samples])
     if not (fitted > 0.0).all():
         raise UnfitMeasures(
             f"{what}: the fit gives a forward no time at all; measured times scatter too much"
         )
-    errors = np.abs(fitted / times - 1.0)
+    errors = np.abs(fitted / every - 1.0)
     goodness = Goodness(
         n=len(samples),
-        r2=_r2(times, fitted),
-        r2_line=_r2(times, line),
+        r2=_r2(every, fitted),
+        r2_line=_r2(every, _columns(samples) @ coefficients),
         error_p50=float(np.quantile(errors, 0.5)),
         error_p95=float(np.quantile(errors, 0.95)),
     )
-    return msgspec.structs.replace(cost, residuals=_shares(times / fitted), fit=goodness)
+    return msgspec.structs.replace(cost, residuals=_shares(every / fitted), fit=goodness)
 
 
 def _check(samples: Sequence[Sample], what: str) -> None:
@@ -94,8 +96,15 @@ def _check(samples: Sequence[Sample], what: str) -> None:
             )
 
 
-def _columns(sizes: Array) -> Array:
-    """sizes: [N, 3] of rows, sessions, positions → [N, 5], one for each coefficient of the line."""
+def _undisturbed(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of each size during which nothing else had the core; all of that size where there are none."""
+    quiet = {(s.tokens, s.batch) for s in samples if not s.disturbed}
+    return [s for s in samples if not s.disturbed or (s.tokens, s.batch) not in quiet]
+
+
+def _columns(samples: Sequence[Sample]) -> Array:
+    """[N, 5], one for each coefficient of the line."""
+    sizes = np.array([(s.tokens, s.batch, s.context) for s in samples], dtype=np.float64)
     n, batch, context = sizes.T
     return np.stack([np.ones_like(n), n, n * n, batch - 1.0, context], axis=1)
 
@@ -206,8 +215,12 @@ def _rising(values: Sequence[tuple[float, int]]) -> list[float]:
 
 def _extras(cost: ForwardCost, rested: Sequence[Rested]) -> list[float]:
     """Median extra of each forward in a row, seconds."""
-    rows = [[f.seconds - cost.cost_s(f.tokens, f.batch, f.context) for f in r.forwards] for r in rested]
-    return [median(column) for column in zip(*rows, strict=False)]
+    length = min((len(rest.forwards) for rest in rested), default=0)
+    out = []
+    for at in range(length):
+        known = _undisturbed([rest.forwards[at] for rest in rested])
+        out.append(median(f.seconds - cost.cost_s(f.tokens, f.batch, f.context) for f in known))
+    return out
 
 
 def _fade(extras: Sequence[float]) -> float:

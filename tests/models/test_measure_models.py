@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -194,6 +198,38 @@ def test_node_with_both_or_one() -> None:
     assert asyncio.run(body(None, drafter)) == {"drafter"}
     assert asyncio.run(body(target, PromptLookup())) == {"target"}  # lookup costs nothing
     assert asyncio.run(body(None, None)) == set()
+
+
+@pytest.mark.skipif(not Path("/proc/thread-self/schedstat").exists(), reason="the kernel does not tell")
+def test_waiting_for_the_core_is_noticed() -> None:
+    """Two spinning processes on the one core that the compute thread may use."""
+    core = min(os.sched_getaffinity(0))
+    spin = f"import os\nos.sched_setaffinity(0, {{{core}}})\nwhile True: pass"
+    engine = load_emulated("base_s=0.02", slots=8, max_context=128)
+    engine.wait = busy
+
+    async def body() -> Measures:
+        compute = ThreadCompute()
+        await compute.run(lambda: os.sched_setaffinity(0, {core}))
+        try:
+            return await measure_target(engine, compute, sizes=SIZES, budget_s=0.0)
+        finally:
+            compute.close()
+
+    spinning = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(2)]
+    try:
+        assert asyncio.run(body()).disturbed > 0.5
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
+def busy(seconds: float) -> None:
+    """Compute for so long, of the thread's own time."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
 
 
 def test_sizes_fit_the_context() -> None:

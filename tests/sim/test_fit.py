@@ -109,6 +109,22 @@ def test_outliers_stay_in_the_residuals() -> None:
     assert len(fit.residuals) == 64
 
 
+def test_what_other_work_disturbs_does_not_count() -> None:
+    """Most forwards take twice as long because another process had the core, and the kernel says so."""
+    truth = ForwardCost(base_s=0.02, per_token_s=1e-3, per_session_s=1e-3, per_context_s=5e-6)
+    rng = random.Random(9)
+    samples = [
+        Sample(s.tokens, s.batch, s.context, 2 * s.seconds, s.seconds) if rng.random() < 0.7 else s
+        for s in samples_of(truth, noise=0.005, outliers=0.0, seed=9, repeats=12)
+    ]
+    fit = fit_forward(samples)
+    for tokens, batch, context in [(1, 1, 128), (5, 1, 128), (20, 4, 640), (512, 1, 0)]:
+        assert fit.cost_s(tokens, batch, context) == pytest.approx(
+            truth.cost_s(tokens, batch, context), rel=0.01
+        )
+    assert fmean(fit.residuals) == pytest.approx(1.7, rel=0.05)  # they are not forgotten
+
+
 def test_nothing_is_negative() -> None:
     """Times that fall with the context get no coefficient for it, not a negative one."""
     samples = [Sample(n, 1, c, 0.02 + 1e-3 * n - 1e-6 * c) for n in ROWS for c in (32, 128, 384)]
