@@ -257,7 +257,7 @@ class TcpEnd:
             wait_s = self._out.room_s(now_s)
             if wait_s > 0.0:
                 self._waits = True
-                self._clock.call_at(now_s + wait_s, self._go_on)
+                self._clock.call_at(now_s + max(wait_s, 1e-6), self._go_on)
                 break
             segment = _Segment(self._sent, self._sent + n_bytes, now_s)
             self._sent = segment.end
