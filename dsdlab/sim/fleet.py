@@ -197,12 +197,13 @@ class _Verifier:
 class _Device:
     """One user's device: a compute, a drafter, and a connection to each verifier that it has been sent to."""
 
+    __slots__ = ("_drafter", "_fleet", "_link", "_nodes", "compute", "generations", "number")
+
     def __init__(self, fleet: _Fleet, number: int) -> None:
         self._fleet, self.number = fleet, number
         self.compute = SimCompute(hop_s=fleet.spec.edge.hop_s)
         self.generations = 0
         self._nodes: dict[int, DrafterNode] = {}
-        self._dials: Counter[int] = Counter()
         self._link = fleet.shared_link
         cost = fleet.spec.edge.drafter
         self._drafter: Drafter | None = None
@@ -222,7 +223,6 @@ class _Device:
 
     async def _dial(self, at: int) -> Channel:
         fleet, spec = self._fleet, self._fleet.spec
-        self._dials[at] += 1
         if self._link is None:
             self._link = fleet.link(self.number)
         here, there = self._link.pair(
@@ -231,9 +231,7 @@ class _Device:
         edge_end: Channel = here
         cloud_end: Channel = there
         if fleet.log is not None:
-            name = f"d{self.number}-v{at}"
-            if self._dials[at] > 1:
-                name += f".{self._dials[at]}"
+            name = fleet.name_of(f"d{self.number}-v{at}")
             edge_end = LoggedChannel(here, f"{name} edge", fleet.clock.time, fleet.log)
             cloud_end = LoggedChannel(there, f"{name} cloud", fleet.clock.time, fleet.log)
         fleet.group.create_task(fleet.verifiers[at].serve(cloud_end), name=f"v{at} serves d{self.number}")
@@ -256,10 +254,16 @@ class _Fleet:
         self.prompt = (1,) * spec.prompt_tokens
         self.edge_rng = self.rng("edge")
         self._users = self.rng("users")
+        self._dials: Counter[str] = Counter()  # of each connection that is logged
         self.sessions = 0
 
     def rng(self, purpose: str) -> random.Random:
         return random.Random(f"{self.spec.seed}/{purpose}")
+
+    def name_of(self, connection: str) -> str:
+        """For the log; a connection that is dialled again has a number."""
+        self._dials[connection] = n = self._dials[connection] + 1
+        return connection if n == 1 else f"{connection}.{n}"
 
     def link(self, number: int) -> SimLink:
         seed = self.rng(f"link {number}").getrandbits(48)

@@ -68,14 +68,13 @@ class MeasuredCompute(SimCompute):
         result, timing = await super().run(work)
         if timing.compute_s > 0.0:
             begun_s = asked_s + timing.queue_s
-            ended_s = begun_s + timing.compute_s
             self.waiting_s += self._window.overlap_s(asked_s, begun_s)
-            self.busy_s += self._window.overlap_s(begun_s, ended_s)
+            self.busy_s += self._window.overlap_s(begun_s, begun_s + timing.compute_s)
             if begun_s in self._window:
                 self.works += 1
                 self.wait_s += timing.queue_s
             if self._log is not None:
-                self._log(f"{self._clock():.9f} {self._name} worked {begun_s:.9f} {ended_s:.9f}")
+                self._log(f"{self._clock():.9f} {self._name} worked {begun_s:.9f} {timing.compute_s:.9f}")
         return result, timing
 
 

@@ -42,7 +42,7 @@ from dsdlab.sim.channel import SimChannel, SimLink, websocket_bytes
 from dsdlab.sim.compute import SimCompute
 from dsdlab.sim.costs import ForwardCost, NodeCosts
 from dsdlab.sim.fleet import FleetResult, FleetSpec, run_fleet
-from dsdlab.sim.profile import HEADER_BYTES, Direction, LinkProfile, wire_bytes
+from dsdlab.sim.profile import HEADER_BYTES, Direction, LinkProfile
 
 T_D_S, T_V_S = 0.004, 0.030
 EDGE = NodeCosts(drafter=ForwardCost(base_s=T_D_S))
@@ -80,7 +80,7 @@ class Events:
 
     def __init__(self, lines: list[str]) -> None:
         self.frames: dict[tuple[str, str, str], list[Event]] = defaultdict(list)  # by link, end, what
-        self.worked: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        self.worked: dict[str, list[tuple[float, float]]] = defaultdict(list)  # by verifier: begin, end
         for line in lines:
             if match := self.LINE.fullmatch(line):
                 t_s, link, end, what, number, text, name, size = match.groups()
@@ -89,7 +89,7 @@ class Events:
                 events.append(Event(float(t_s), name, int(size), text, fields))
                 assert int(number) == len(events)
             else:
-                _, verifier, worked, begun_s, ended_s = line.split(" ")
+                ended_s, verifier, worked, begun_s, _ = line.split(" ")
                 assert worked == "worked"
                 self.worked[verifier].append((float(begun_s), float(ended_s)))
 
@@ -552,7 +552,7 @@ class Mishaps:
 @pytest.mark.parametrize("what", ["partition", "long partition", "cut", "restart"])
 @pytest.mark.parametrize("mode", MODES)
 def test_s8_ids_survive_mishaps(mode: str, what: str) -> None:
-    """A partition makes TCP repeat itself; a cut or a restarted verifier makes the session go on elsewhere."""
+    """A partition makes TCP repeat itself; after a cut or a restart the session goes on elsewhere."""
     reconnects = 0
     for seed in range(8):
 
