@@ -26,6 +26,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
     from dsdlab.probe import ProbeError
     from dsdlab.protocol import ChannelClosed, ConnectFailed, ListenFailed, ProtocolError, Refused
     from dsdlab.scenario import ScenarioError
+    from dsdlab.sim.costs import UnfitProfile
+    from dsdlab.sim.fit import UnfitMeasures
+    from dsdlab.sim.grid import GridFailed
+    from dsdlab.sim.prediction import PredictionError
+    from dsdlab.sim.trace import TraceError
+    from dsdlab.sweep.simulated import CompareError
     from dsdlab.sweep.store import StoreError
     from testbed.control import NodeDied, NodeError
     from testbed.links.base import LinkError
@@ -42,6 +48,12 @@ def _user_errors() -> tuple[type[Exception], ...]:
         ProtocolError,
         Refused,
         ScenarioError,
+        UnfitProfile,
+        UnfitMeasures,
+        GridFailed,
+        PredictionError,
+        TraceError,
+        CompareError,
         StoreError,
         NodeDied,
         NodeError,

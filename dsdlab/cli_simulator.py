@@ -125,7 +125,7 @@ def compare(folder: Path, prediction: Path | None, as_json: bool) -> None:
     """Hold a sweep's measurements against their simulation; the report shows both."""
     from testbed import predicting
 
-    result = guarded(lambda: predicting.compare_folder(folder, prediction, command_line()))
+    result = guarded(lambda: predicting.compare_folder(folder, prediction))
     if as_json:
         click.echo(json.dumps(result.as_json(), ensure_ascii=False))
         return

@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -24,7 +25,7 @@ from dsdlab.sweep.provenance import provenance
 from dsdlab.sweep.references import ensure_references
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.runner import run_jobs
-from dsdlab.sweep.stats import Summary, summarise
+from dsdlab.sweep.stats import summarise
 from dsdlab.sweep.store import Store, read_json, write_json
 from testbed.clean import RUN_FOLDER
 from testbed.controller import CpuSplit
@@ -32,7 +33,7 @@ from testbed.host import host_turn
 from testbed.lab import make_lab
 from testbed.planning import plan_sweep, results_folder
 from testbed.progress import bar
-from testbed.reports import SweepResult, write_report
+from testbed.reports import SweepResult, held_against, write_report
 from testbed.sweepbed import SweepBed, bed_of
 from testbed.wan import external_verifier, remote_references
 
@@ -68,14 +69,10 @@ async def sweep(
             await _measure(scenario, path, text, jobs, todo, store, command, console, feed)
         rows = list(store.rows)
     run = read_json(folder / "run.json") or {}
-    return SweepResult(scenario.name, folder, _summary(rows, jobs), write_report(folder, run, rows))
-
-
-def _summary(rows: Sequence[Row], jobs: Sequence[Job]) -> Summary:
-    expected: dict[str, int] = {}
-    for job in jobs:
-        expected[job.cell_id] = expected.get(job.cell_id, 0) + 1
-    return summarise(rows, expected=expected, allow_incomplete=True)
+    prediction, comparison = held_against(folder, rows)
+    expected = Counter(job.cell_id for job in jobs)
+    summary = summarise(rows, expected=expected, allow_incomplete=True, comparison=comparison)
+    return SweepResult(scenario.name, folder, summary, write_report(folder, run, rows, prediction))
 
 
 async def _measure(

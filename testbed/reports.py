@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dsdlab.sim.prediction import Prediction, load_prediction
+from dsdlab.sim.prediction import Prediction, PredictionError, load_prediction
+from dsdlab.sweep.compare import CompareError, Comparison, compare
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.stats import Summary, summarise, summary_json
 from dsdlab.sweep.store import StoreError, read_json, read_rows
@@ -44,6 +45,17 @@ def prediction_beside(folder: Path) -> Prediction | None:
     return None
 
 
+def held_against(folder: Path, rows: Sequence[Row]) -> tuple[Prediction | None, Comparison | None]:
+    """The folder's prediction and the comparison with it; none where there is none, or none that fits, which
+    standard error then tells."""
+    try:
+        prediction = prediction_beside(folder)
+        return prediction, None if prediction is None else compare(rows, prediction)
+    except (PredictionError, CompareError) as e:
+        sys.stderr.write(f"report without its simulation: {e}\n")
+        return None, None
+
+
 def write_report(
     folder: Path,
     run: dict[str, Any],
@@ -55,9 +67,8 @@ def write_report(
     """Render a report. Raises StoreError when it cannot be written or there is nothing to report."""
     from dsdlab.report import render
 
-    extra = {} if prediction is None else {"prediction": prediction}
     try:
-        return render(run, rows, folder / name, str(run.get("command", "")), **extra)
+        return render(run, rows, folder / name, str(run.get("command", "")), prediction)
     except OSError as e:
         raise StoreError(f"cannot write {folder / name}: {e.strerror}") from None
     except ValueError as e:
@@ -74,5 +85,7 @@ def report(folder: Path) -> SweepResult:
     if not rows:
         raise StoreError(f"{folder}/rows.jsonl holds no readable row")
     run = read_json(folder / "run.json") or {}
-    summary = summarise(rows, allow_incomplete=True)
-    return SweepResult(str(run.get("name", folder.name)), folder, summary, write_report(folder, run, rows))
+    prediction, comparison = held_against(folder, rows)
+    summary = summarise(rows, allow_incomplete=True, comparison=comparison)
+    name = str(run.get("name", folder.name))
+    return SweepResult(name, folder, summary, write_report(folder, run, rows, prediction))

@@ -122,7 +122,7 @@ def _on_ray(function: Work[R], payload: Any, tasks: Sequence[Any], on_done: OnDo
         except (ConnectionError, RuntimeError, ValueError) as e:
             raise GridFailed(f"no Ray cluster: {' '.join(str(e).split())}") from None
         shared = ray.put((function, payload))
-        remote = ray.remote(_apart)
+        remote: Any = ray.remote(_apart)
         pending = {remote.remote(shared, task): n for n, task in enumerate(tasks)}
         out: dict[int, R] = {}
         while pending:

@@ -22,10 +22,10 @@ from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, Verif
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed
 from dsdlab.scenario import Cell, Scenario
-from dsdlab.sim import loop
 from dsdlab.sim.channel import SimLink
 from dsdlab.sim.compute import SimCompute
 from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
+from dsdlab.sim.loop import run
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration
 from dsdlab.sim.profile import LinkProfile, LinkStep
 from dsdlab.sim.replay import ReplayDrafter, ReplayTarget
@@ -36,6 +36,7 @@ __all__ = ["Pair", "simulate_cell", "simulate_generation"]
 
 EMULATED = "emulated:"
 NO_OVERHEAD = NodeCosts()
+VOCAB = 1 << 20  # of synthetic models: a real prompt's ids fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +78,8 @@ class Pair:
         cost = self._cost(node, "target")
         if self.trace is not None and cost is not None:
             return ReplayTarget(self.trace, compute.meter(cost, rng))
-        spec = EmulatedProfile() if self.alpha is not None else self._emulated(self.target)
+        synthetic = self.alpha is not None
+        spec = EmulatedProfile(vocab_size=VOCAB) if synthetic else self._emulated(self.target)
         return self._engine(spec, cost, compute, rng)
 
     def drafter_on(self, node: str, compute: SimCompute, rng: random.Random) -> Drafter:
@@ -88,7 +90,7 @@ class Pair:
         if self.trace is not None and cost is not None:
             return ReplayDrafter(self.trace, compute.meter(cost, rng))
         if self.alpha is not None:
-            spec = EmulatedProfile(alpha=self.alpha, persist=self.persist or 0.0)
+            spec = EmulatedProfile(alpha=self.alpha, persist=self.persist or 0.0, vocab_size=VOCAB)
         else:
             spec = self._emulated(self.drafter)
         return ModelDrafter(self._engine(spec, cost, compute, rng))
@@ -158,7 +160,7 @@ def simulate_generation(
         )
         serving = asyncio.create_task(_serve(verifier, there), name="verifier")
         await node.connect()
-        playing = asyncio.create_task(_play(box, LinkStep.timeline(link, steps)), name="link steps")
+        playing = asyncio.create_task(_play(box, LinkStep.timeline(link, tuple(steps))), name="link steps")
         try:
             async with asyncio.timeout(timeout_s):
                 return await node.generate(request)
@@ -168,7 +170,7 @@ def simulate_generation(
             await serving
             await verifier.close()
 
-    return loop.run(main())
+    return run(main())
 
 
 async def _serve(verifier: VerifierNode, channel: Channel) -> None:
