@@ -67,6 +67,8 @@ def write_report(
     """Render a report. Raises StoreError when it cannot be written or there is nothing to report."""
     from dsdlab.report import render
 
+    if prediction is not None:
+        run = {**run, "prediction": {"sha256": prediction.sha256()}}
     try:
         return render(run, rows, folder / name, str(run.get("command", "")), prediction)
     except OSError as e:
