@@ -338,7 +338,7 @@ def test_the_capacity_scenario_answers_its_questions() -> None:
     fleet = capacity.fleet
     assert fleet is not None
     assert fleet.max_tpot_ms is not None
-    short = capacity.model_copy(update={"fleet": fleet.model_copy(update={"duration_s": 60.0})})
+    short = capacity.model_copy(update={"fleet": fleet.model_copy(update={"duration_s": 40.0})})
     rows = simulate_fleet_grid(short, workers=1)
     most = {
         (mode, stages): max(r.result.goodput_tps for r in rows if (r.mode, r.stages) == (mode, stages))

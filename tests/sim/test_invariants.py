@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgspec
@@ -42,7 +46,7 @@ from dsdlab.sim.channel import SimChannel, SimLink, websocket_bytes
 from dsdlab.sim.compute import SimCompute
 from dsdlab.sim.costs import ForwardCost, NodeCosts
 from dsdlab.sim.fleet import FleetResult, FleetSpec, run_fleet
-from dsdlab.sim.profile import HEADER_BYTES, Direction, LinkProfile
+from dsdlab.sim.profile import HEADER_BYTES, Direction, LinkProfile, wire_bytes
 
 T_D_S, T_V_S = 0.004, 0.030
 EDGE = NodeCosts(drafter=ForwardCost(base_s=T_D_S))
@@ -167,11 +171,11 @@ def test_s2_causes_come_before_effects(mode: str, link: str) -> None:
     _, events = watched(busy(mode, link))
     checked = 0
     for way, sent, received in events.directions():
-        direction = "up" if way == "up" else "down"
-        rate, fraction = profile.rate_mbit(direction), profile.fraction(direction)  # type: ignore[arg-type]
-        least_s = profile.delay_s(direction) - profile.jitter_ms / 1e3 * fraction  # type: ignore[arg-type]
+        rate = profile.rate_mbit(way)
+        least_s = profile.delay_s(way) - profile.jitter_ms / 1e3 * profile.fraction(way)
         for before, after in zip(sent, received, strict=True):
-            serialise_s = 0.0 if rate is None else (before.size + HEADER_BYTES) * 8.0 / (rate * 1e6)
+            size = wire_bytes(websocket_bytes(before.size, masked=way == "up"))
+            serialise_s = 0.0 if rate is None else size * 8.0 / (rate * 1e6)
             assert after.t_s >= before.t_s + least_s + serialise_s - 2e-9  # the log rounds to 1 ns
             checked += 1
     assert checked > 100
@@ -360,6 +364,39 @@ def test_s6_slow_links_cost_the_bytes_of_both_frames() -> None:
     close("dsd-sync at 0.1/0.05 Mbit/s, s per window", measured * tau, float(exact) * e)
 
 
+@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd"])
+def test_s6_a_stream_hides_delay_but_not_a_slow_link(mode: str) -> None:
+    """Commits of some 85 bytes on the wire at 10 kbit/s come every 68 ms, whatever the target could do."""
+    link = LinkProfile(rtt_ms=40.0, rate_down_mbit=0.01)
+    measured, tau, result = tpot_s(long_sessions(mode, link=link, generations_per_session=3))
+    down = result.bytes_down_per_token * result.tokens / result.windows + websocket_bytes(0, masked=False)
+    wire = {"bytes_down": down + HEADER_BYTES, "rate_down_mbit": 0.01}
+    exact = (
+        theory.cloud_ar_tpot_s(T_V_S, **wire)
+        if mode == "cloud-ar"
+        else theory.cloud_sd_tpot_s(ALPHA, GAMMA, T_D_S, T_V_S, **wire) * theory.expected_tokens(ALPHA, GAMMA)
+    )
+    close(f"{mode} at 0.01 Mbit/s, s per step", measured * tau, float(exact))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_s6_the_first_token_comes_after_a_round_trip_and_the_prompt(mode: str) -> None:
+    """Open up, one forward over the prompt, Commit down: at 0.1 Mbit/s exact to the microsecond."""
+    target = ForwardCost(base_s=T_V_S, per_token_s=0.001)
+    link = LinkProfile(rtt_ms=40.0, up_fraction=0.25, rate_up_mbit=0.1, rate_down_mbit=0.1)
+    cloud = msgspec.structs.replace(CLOUD, target=target)
+    result, events = watched(spec(mode=mode, drafters=1, link=link, cloud=cloud, max_new_tokens=5))
+    opened = events.frames["d0-v0", "edge", "sent"][1]
+    commit = events.frames["d0-v0", "cloud", "sent"][1]
+    assert (opened.frame, commit.frame) == ("Open", "Commit")
+    up_bytes = wire_bytes(websocket_bytes(opened.size, masked=True))
+    down_bytes = wire_bytes(websocket_bytes(commit.size, masked=False))
+    transfers_s = float(theory.transfer_s(up_bytes, 0.1) + theory.transfer_s(down_bytes, 0.1))
+    assert result.ttft_ms.p50 == pytest.approx(
+        1e3 * (0.040 + transfers_s + target.cost_s(64, 1, 0)), abs=1e-3
+    )
+
+
 def test_s6_break_even_is_where_the_simulated_curves_cross() -> None:
     rtt_s = float(theory.break_even_rtt_s(ALPHA, GAMMA, T_D_S, T_V_S, T_V_S))
     link = LinkProfile(rtt_ms=1e3 * rtt_s)
@@ -465,6 +502,26 @@ def test_s7_the_same_seed_gives_the_same_log(routing: str) -> None:
     assert len(first) > 10_000
     assert log_of(1) == first
     assert log_of(2) != first
+
+
+def test_s7_nothing_hangs_on_addresses_or_hashes() -> None:
+    """Two processes with other hash seeds write the same log."""
+    program = """
+import hashlib
+from test_invariants import LINKS, NOISY, run_fleet, spec
+digest = hashlib.sha256()
+what = {"drafters": 12, "verifiers": 3, "routing": "jsq", "link": LINKS["bursts"], "cloud": NOISY, "slots": 3}
+run_fleet(spec(max_new_tokens=15, **what), lambda line: digest.update(line.encode()))
+print(digest.hexdigest())
+"""
+    digests = set()
+    for hash_seed in ("1", "2"):
+        env = os.environ | {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(Path(__file__).parent)}
+        run = subprocess.run(
+            [sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True
+        )
+        digests.add(run.stdout)
+    assert len(digests) == 1
 
 
 @pytest.mark.parametrize("link", LINKS)
