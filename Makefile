@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint bench bench-links bench-runtimes report image doctor clean
+.PHONY: sweep test lint bench bench-links bench-link-model bench-runtimes report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -21,6 +21,9 @@ bench: .venv/ready
 
 bench-links: .venv/ready
 	$(PY) -m bench.links
+
+bench-link-model: .venv/ready
+	$(PY) -m bench.link_model
 
 bench-runtimes: .venv/ready
 	scripts/docker.sh with $(PY) -m bench.runtimes

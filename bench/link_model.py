@@ -8,8 +8,8 @@ times that were recorded, cross the model in virtual time. Two patterns:
 - stream (cloud-ar): commits come one after another; what is compared is the time between their arrivals.
 
 Printed side by side are quantiles, the share of late frames (more than `LATE_MS` above the loss-free median),
-the greatest distance of the two distributions (Kolmogorov–Smirnov; over what is rounded to whole `LATE_MS`,
-since the nodes' own unrest of tenths of a millisecond is no matter of the link), and the signed error of the
+the greatest distance of the two distributions (Kolmogorov–Smirnov, at steps of `LATE_MS` about the median, since
+the nodes' own unrest of tenths of a millisecond is no matter of the link), and the signed error of the
 mean with twice its standard error. Nodes' own time per round trip is taken from the loss-free point of 1 ms.
 """
 
@@ -23,6 +23,7 @@ import math
 import statistics
 import sys
 import tempfile
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -52,7 +53,7 @@ class Point:
     profile: LinkProfile
     edges: int = 1
     measured: list[float] = field(default_factory=list)
-    spans: list[Span] = field(default_factory=list)
+    spans: list[list[Span]] = field(default_factory=list)  # of each generation
 
     @property
     def label(self) -> str:
@@ -74,7 +75,7 @@ def points() -> list[list[Point]]:
         ]
 
     narrow = LinkProfile(rtt_ms=20.0, loss_pct=1.0, rate_up_mbit=5.0, rate_down_mbit=5.0)
-    bursts = LinkProfile(rtt_ms=20.0, loss_pct=2.0, loss_burst=4.0)
+    bursts = LinkProfile(rtt_ms=20.0, loss_pct=2.0, loss_burst=1.5)
     # ten edges at a time: more, and their start is too much for two cores and a router
     return [
         [*grid(1.0, 1, 2, 2), *grid(20.0, 1, 2, 2)],
@@ -136,7 +137,7 @@ async def _load(bed: Testbed, edge: int, point: Point, pattern: str, wall_s: flo
         record = await bed.generate(job, 300.0, edge)
         values, spans = (turns_of if pattern == "turns" else stream_of)(record)
         point.measured += values
-        point.spans += spans
+        point.spans.append(spans)
 
 
 # modelling ------------------------------------------------------------------------------------------
@@ -197,9 +198,9 @@ def model(point: Point, pattern: str, node_s: float) -> list[float]:
     run = model_turns if pattern == "turns" else model_stream
     out: list[float] = []
     for draw in range(SIMULATED):
-        for at in range(0, len(point.spans), WINDOWS):
-            link = SimLink(point.profile, seed=1_000_003 * draw + at)
-            out += loop.run(run(link, point.spans[at : at + WINDOWS], node_s))
+        for number, spans in enumerate(point.spans):
+            link = SimLink(point.profile, seed=1_000_003 * draw + number)
+            out += loop.run(run(link, spans, node_s))
     return out
 
 
@@ -211,20 +212,13 @@ def quantile(values: Sequence[float], q: float) -> float:
     return ordered[min(len(ordered) - 1, int(q * len(ordered)))]
 
 
-def ks_distance(one: Sequence[float], two: Sequence[float], step: float) -> float:
-    """Greatest distance between two distribution functions at multiples of `step`."""
-    marks = range(math.floor(min(*one, *two) / step), math.ceil(max(*one, *two) / step) + 1)
+def ks_distance(one: Sequence[float], two: Sequence[float], middle: float, step: float) -> float:
+    """Greatest distance between two distribution functions at middle + (k + 1/2) step for whole k."""
     a, b = sorted(one), sorted(two)
-    i = j = 0
-    most = 0.0
-    for mark in marks:
-        edge = (mark + 0.5) * step
-        while i < len(a) and a[i] <= edge:
-            i += 1
-        while j < len(b) and b[j] <= edge:
-            j += 1
-        most = max(most, abs(i / len(a) - j / len(b)))
-    return most
+    first = math.floor((min(a[0], b[0]) - middle) / step)
+    last = math.ceil((max(a[-1], b[-1]) - middle) / step)
+    marks = (middle + (k + 0.5) * step for k in range(first, last))
+    return max(abs(bisect_right(a, m) / len(a) - bisect_right(b, m) / len(b)) for m in marks)
 
 
 def compare(point: Point, pattern: str, modelled: list[float]) -> dict[str, Any]:
@@ -241,7 +235,7 @@ def compare(point: Point, pattern: str, modelled: list[float]) -> dict[str, Any]
         "modelled_ms": {f"p{100 * q:g}": quantile(modelled, q) for q in QUANTILES} | {"mean": expected},
         "late_measured_pct": 100 * statistics.fmean(x > base + LATE_MS for x in measured),
         "late_modelled_pct": 100 * statistics.fmean(x > base + LATE_MS for x in modelled),
-        "ks": ks_distance(measured, modelled, LATE_MS),
+        "ks": ks_distance(measured, modelled, base, LATE_MS),
         "mean_error_ms": expected - mean, "noise_ms": noise,
     }  # fmt: skip
 

@@ -1,8 +1,9 @@
 """A connection through a modelled link: when does what is written at one end arrive at the other?
 
 Where nothing can be lost and nothing jitters, TCP shows in little but its headers, and an arrival is
-arithmetic (bare acknowledgements then take no capacity). Elsewhere, and for a write beyond TCP's first
-window, the two ends are run event by event (`dsdlab.sim.tcp`).
+arithmetic (bare acknowledgements then come at once and take no capacity). Elsewhere, and when more is under
+way than half of TCP's first window, from where on it may count, the two ends are run event by event
+(`dsdlab.sim.tcp`).
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 from dsdlab.sim.link import LinkDirection
-from dsdlab.sim.profile import MSS_BYTES, segments_of, wire_bytes
+from dsdlab.sim.profile import segments_of, wire_bytes
 from dsdlab.sim.tcp import INITIAL_WINDOW, Clock, TcpEnd, tcp_pair
 
 __all__ = ["Connection", "Stream"]
 
-FIRST_WINDOW_BYTES = INITIAL_WINDOW * MSS_BYTES
+FREE_SEGMENTS = INITIAL_WINDOW // 2
 
 
 class Stream:
@@ -26,22 +27,30 @@ class Stream:
         sending, with a time to come; else at the time itself.
     """
 
-    __slots__ = ("_link", "arrived", "connection", "end")
+    __slots__ = ("_flights", "_link", "arrived", "connection", "end")
 
     def __init__(self, connection: Connection, link: LinkDirection, arrived: Callable[[float, Any], object]):
         self.connection, self._link, self.arrived = connection, link, arrived
         self.end: TcpEnd | None = None
+        # what is under way by arithmetic: (when it is acknowledged, when it was sent, bytes)
+        self._flights: list[tuple[float, float, int]] = []
 
     def send(self, now_s: float, n_bytes: int, item: Any) -> None:
         """Write `n_bytes` in one go, at `now_s`: now, or for a slow sender, soon. No bytes: a bare FIN."""
         link, connection = self._link, self.connection
-        if connection.quiet and n_bytes <= FIRST_WINDOW_BYTES:
+        flights = self._flights
+        while flights and flights[0][0] <= now_s:
+            del flights[0]
+        segments = segments_of(n_bytes)
+        if len(flights) + segments <= FREE_SEGMENTS and connection.quiet:
             stats = link.stats
             stats.n_bytes += n_bytes
-            stats.segments += segments_of(n_bytes)
-            connection.rtt_s = link.rtt_s
+            stats.segments += segments
+            connection.rtt_s = rtt_s = link.rtt_s
             connection.used = True
-            self.arrived(link.cross(now_s, wire_bytes(n_bytes)), item)
+            arrival_s = link.cross(now_s, wire_bytes(n_bytes))
+            flights.append((arrival_s + rtt_s - link.delay_s, now_s, n_bytes))
+            self.arrived(arrival_s, item)
             return
         clock = connection.clock
         end = connection.end_of(self)
@@ -106,6 +115,12 @@ class Connection:
             for end, other in ((ends[0], down), (ends[1], up)):
                 end.deliver = _Deliver(self.clock, other)
                 end.broken = self._broken
+        for one in (self.up, self.down):
+            assert one.end is not None
+            for acknowledged_s, sent_s, n_bytes in one._flights:
+                if acknowledged_s > self.clock.time():
+                    one.end.join(sent_s, n_bytes or 1, acknowledged_s)
+            one._flights.clear()
         assert stream.end is not None
         return stream.end
 

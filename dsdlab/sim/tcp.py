@@ -8,9 +8,9 @@ themselves. Only `call_at` and `time` of a clock are used: an event loop, virtua
 
 Sources: net/ipv4/tcp_input.c, tcp_output.c, tcp_timer.c, tcp_recovery.c of Linux 6.x; names of its functions
 are given where they are followed closely. Left out, because small frames do not show it: the receive window,
-F-RTO and other undoing of congestion control, HyStart and CUBIC's growth (a window grows as Reno's), pacing,
-SACK compression, reordering. A connection begins after its handshake and the WebSocket upgrade, which lose
-nothing.
+F-RTO and other undoing of congestion control, HyStart, CUBIC's growth beyond its Reno-friendly region,
+pacing, SACK compression, reordering. A connection begins after its handshake and the WebSocket upgrade, which
+lose nothing.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ from dsdlab.sim.tcp_timing import RTO_MAX_S, AckPolicy, RttEstimator, expiry_s
 __all__ = ["INITIAL_WINDOW", "Clock", "EventQueue", "TcpEnd", "tcp_pair"]
 
 INITIAL_WINDOW = 10
-LEAST_WINDOW = 2.0
-CUBIC_BETA = 0.7
+LEAST_WINDOW = 2
+CUBIC_BETA = 717 / 1024
+RENO_GROWTH = 3 * (1 - CUBIC_BETA) / (1 + CUBIC_BETA)  # segments per round trip (RFC 9438 section 4.3)
 MAX_RETRANSMISSIONS = 15  # tcp_retries2
 DUP_THRESHOLD = 3
 LEAST_TIMEOUT_S = 0.002  # TCP_TIMEOUT_MIN_US
@@ -130,7 +131,10 @@ class TcpEnd:
         "_out",
         "_peer",
         "_phase_s",
+        "_prior_window",
         "_probe_end",
+        "_prr_delivered",
+        "_prr_out",
         "_rack_end",
         "_rack_rtt_s",
         "_rack_s",
@@ -184,6 +188,8 @@ class TcpEnd:
         self._high = 0  # recovery ends here
         self._window = float(INITIAL_WINDOW)
         self._ssthresh = math.inf
+        self._prior_window = 0  # at the beginning of recovery, and what was delivered and sent since then
+        self._prr_delivered = self._prr_out = 0
         self._rack_s = -math.inf  # when the youngest segment known to have arrived was sent, and its end
         self._rack_end = 0
         self._rack_rtt_s = 0.0
@@ -228,6 +234,13 @@ class TcpEnd:
         self._out.stats.n_bytes += n_bytes
         self._push()
 
+    def join(self, sent_s: float, n_bytes: int, acknowledged_s: float) -> None:
+        """Take over a segment that is under way and will arrive by itself; its acknowledgement comes then."""
+        segment = _Segment(self._sent, self._sent + n_bytes, sent_s)
+        self._sent = self._written = self._peer._received = segment.end
+        self._unfinished.append(segment)
+        self._clock.call_at(acknowledged_s, self._receive, 0, 0, sent_s, segment.end, (), sent_s, False)
+
     def close(self) -> None:
         """Forget everything and stop the timers; nothing is sent or received any more."""
         self.closed = True
@@ -264,6 +277,7 @@ class TcpEnd:
             self._unfinished.append(segment)
             self._acks.sent_data(now_s)
             self._out.stats.segments += 1
+            self._prr_out += 1
             self._transmit(segment)
             room -= 1
         if len(self._unfinished) > before:
@@ -318,11 +332,12 @@ class TcpEnd:
             behind += 1
         del self._unfinished[at + 1 : behind]
         segment.sent_s, segment.resent, segment.lost = now_s, True, False
+        self._prr_out += 1
         self._transmit(segment)
 
-    def _resend_lost(self, least: int = 0) -> None:
-        """Send again what is marked lost, as the window allows, but `least` in any case."""
-        room = max(least, int(self._window) - self._in_flight())
+    def _resend_lost(self) -> None:
+        """Send again what is marked lost, as the window allows."""
+        room = int(self._window) - self._in_flight()
         at = 0
         while room > 0 and at < len(self._unfinished):
             segment = self._unfinished[at]
@@ -416,7 +431,7 @@ class TcpEnd:
             self.broken()
             return
         if self._state == OPEN or (self._state == LOSS and self._retransmissions == 1):
-            self._ssthresh = max(LEAST_WINDOW, self._window * CUBIC_BETA)
+            self._reduce()
         self._state, self._high, self._probe_end = LOSS, self._sent, None
         self._window = 1.0
         for segment in self._unfinished:
@@ -494,20 +509,20 @@ class TcpEnd:
             self._grow(len(acked), flying)
         if self._state != OPEN and self._una >= self._high:
             if self._state == RECOVERY:
-                self._window = min(self._window, self._ssthresh)
+                self._window = self._ssthresh
             self._state = OPEN
         waits = self._detect(now_s) if segments and fresh else False
-        self._recover()
+        self._recover(len(fresh), advanced)
         if advanced and not waits and not self._schedule_probe(now_s, advancing=True):
             self._rearm(now_s)
 
     def _grow(self, acked: int, flying: int) -> None:
         """Slow start, and a segment per round trip beyond it, while the window is what limits the sender."""
         if self._window < self._ssthresh:
-            if self._state == LOSS or 2 * flying >= self._window:
+            if self._state == LOSS or 2 * flying > self._window:
                 self._window = min(self._window + acked, max(self._ssthresh, self._window))
         elif flying >= int(self._window):
-            self._window += acked / self._window
+            self._window += RENO_GROWTH * acked / self._window
 
     def _answer_probe(self, ack: int, again: bool, duplicate: bool) -> None:
         """What an acknowledgement says of a probe under way (tcp_process_tlp_ack)."""
@@ -517,7 +532,7 @@ class TcpEnd:
             self._probe_end = None
         elif ack > self._probe_end:  # something was lost
             self._probe_end = None
-            self._ssthresh = max(LEAST_WINDOW, self._window * CUBIC_BETA)
+            self._reduce()
             self._window = self._ssthresh
 
     def _detect(self, now_s: float) -> bool:
@@ -542,16 +557,35 @@ class TcpEnd:
             self._arm(REORDER, now_s, wait_s + LEAST_TIMEOUT_S)
         return wait_s > 0.0
 
-    def _recover(self) -> None:
-        """Send again what is marked lost (tcp_fastretrans_alert, tcp_xmit_retransmit_queue)."""
-        if not any(s.lost for s in self._unfinished):
-            return
-        least = 0
-        if self._state == OPEN:
-            self._state, self._high = RECOVERY, self._sent
-            self._ssthresh = self._window = max(LEAST_WINDOW, self._window * CUBIC_BETA)
-            least = 1
-        self._resend_lost(least)
+    def _reduce(self) -> None:
+        """Less is to be in flight from now on."""
+        self._ssthresh = float(max(LEAST_WINDOW, int(int(self._window) * CUBIC_BETA)))
+
+    def _recover(self, delivered: int = 0, advanced: bool = False) -> None:
+        """Send again what is marked lost (tcp_fastretrans_alert, tcp_xmit_retransmit_queue).
+
+        delivered: segments that the acknowledgement tells of; in recovery they are what lets others out, in
+        proportion (PRR, RFC 6937; tcp_cwnd_reduction).
+        """
+        any_lost = any(s.lost for s in self._unfinished)
+        if any_lost and self._state == OPEN:
+            self._prior_window = int(self._window)
+            self._reduce()
+            self._state, self._high, self._probe_end = RECOVERY, self._sent, None
+            self._prr_delivered = self._prr_out = 0
+            delivered = max(delivered, 1)
+        if self._state == RECOVERY and delivered:
+            flying = self._in_flight()
+            room = int(self._ssthresh) - flying
+            self._prr_delivered += delivered
+            if room < 0:
+                share = -(-int(self._ssthresh) * self._prr_delivered // self._prior_window)
+                allowed = share - self._prr_out
+            else:
+                allowed = min(room, max(self._prr_delivered - self._prr_out, delivered) + advanced)
+            self._window = float(flying + max(allowed, 0 if self._prr_out else 1))
+        if any_lost:
+            self._resend_lost()
 
     # -- receiving -----------------------------------------------------------------------------------------
 
