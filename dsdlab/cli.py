@@ -167,7 +167,7 @@ def sweep(
     """Run a scenario's grid and write an HTML report; what is already there is kept."""
     import asyncio
 
-    from testbed import app, planning
+    from testbed import app, planning, predicting
 
     overrides = overrides_of(repeats, runtime, link, precision)
     screen = console()
@@ -184,7 +184,7 @@ def sweep(
                 fresh=fresh,
                 command=command_line(),
                 console=screen,
-                feed=_feed(feed) if predict else None,
+                feed=predicting.Feed(**feed) if predict else None,
             )
         )
     )
@@ -195,12 +195,6 @@ def sweep(
         sys.exit(1)
     if summary.exact < summary.compared:
         sys.exit(1)
-
-
-def _feed(options: dict[str, Any]) -> Any:
-    from testbed.predicting import Feed
-
-    return Feed(**options)
 
 
 def _print_result(result: Any, as_json: bool) -> None:

@@ -19,6 +19,7 @@ RESULTS = click.option(
     show_default=True,
     help="Results folder.",
 )
+WIDE = 140  # characters
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 
 
@@ -64,10 +65,10 @@ def console() -> Any:
 
 
 def echo_table(table: Any) -> None:
-    """A rich table on standard output."""
+    """A rich table on standard output; whole where that is no terminal."""
     from rich.console import Console
 
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 @click.command()

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.progress import Progress, TaskID
 
 from dsdlab.models.loading import load_tokenizer
-from dsdlab.scenario import Scenario
+from dsdlab.scenario import Scenario, ScenarioError
 from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.plan import Job, remaining
 from dsdlab.sweep.provenance import provenance
@@ -32,6 +32,7 @@ from testbed.controller import CpuSplit
 from testbed.host import host_turn
 from testbed.lab import make_lab
 from testbed.planning import plan_sweep, results_folder
+from testbed.predicting import Feed, predict_before
 from testbed.progress import bar
 from testbed.reports import SweepResult, held_against, write_report
 from testbed.sweepbed import SweepBed, bed_of
@@ -46,13 +47,15 @@ async def sweep(
     fresh: bool,
     command: str,
     console: Console,
-    feed: Any = None,
+    feed: Feed | None = None,
 ) -> SweepResult:
     """Run what is missing of a scenario, then write the report. Ctrl-C leaves a resumable store.
 
     feed: predict first, with this; None predicts nothing.
     """
     scenario, text, jobs = plan_sweep(path, overrides, console)
+    if scenario.fleet is not None:
+        raise ScenarioError(f"{path}: fleet is for the simulator alone; allowed: dsdlab simulate {path}")
     folder = results_folder(out, scenario)
     if fresh and folder.exists():
         aside = folder.with_name(f"{folder.name}.{datetime.now(UTC):%Y%m%dT%H%M%S}")
@@ -84,7 +87,7 @@ async def _measure(
     store: Store,
     command: str,
     console: Console,
-    feed: Any,
+    feed: Feed | None,
 ) -> None:
     """References, then the bed, then every generation that is missing. With a verifier on another machine the
     bed comes first: only it can ask that verifier for the references."""
@@ -116,8 +119,6 @@ async def _measure(
                 _write_run(scenario, text, store, facts, command)
             _note_bed(folder, await bed.facts())
             if feed is not None:
-                from testbed.predicting import predict_before
-
                 progress.stop()  # it draws its own
                 await predict_before(scenario, path, jobs, bed, store, feed, command, console)
                 progress.start()

@@ -12,9 +12,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dsdlab.scenario import Scenario, ScenarioError
+from dsdlab.scenario import Scenario, ScenarioError, load_scenario
 from dsdlab.scenario_parts import check_acceptance
 from dsdlab.sim.costs import SystemProfile, UnfitProfile
+from dsdlab.sim.fleet_grid import simulate_fleet_grid
+from dsdlab.sim.fleet_table import FleetReport
 from dsdlab.sim.predict import predict
 from dsdlab.sim.prediction import Prediction, PredictionError, encode_prediction, load_prediction
 from dsdlab.sim.profiles import check_models, load_profile, profile_names, save_profile
@@ -279,11 +281,15 @@ def compare_folder(folder: Path, given: Path | None) -> ComparedSweep:
 
 async def simulate(
     path: Path, *, overrides: dict[str, Any], out: Path, feed: Feed, command: str, console: Console
-) -> Simulated:
-    """Simulate a scenario's grid, keep it beside what a sweep of it would measure, and write a report.
+) -> Simulated | FleetReport:
+    """Simulate a scenario's grid, keep it beside what a sweep of it would measure, and write a report; or,
+    where it asks about a fleet, simulate that.
 
     Raises ScenarioError, UnfitProfile, TraceError, GridFailed or StoreError.
     """
+    alone, _ = load_scenario(path, overrides)
+    if alone.fleet is not None:
+        return await asyncio.to_thread(_simulate_fleet, alone, path, out, feed, console)
     scenario, text, jobs = plan_sweep(path, overrides, console, what="cells are those of")
     folder = results_folder(out, scenario)
     profile = find_profile(scenario, path, out, feed, console)
@@ -306,6 +312,23 @@ async def simulate(
     }
     report = write_report(folder, run, rows, name=SIMULATION_REPORT)
     return Simulated(prediction, summarise(rows, allow_incomplete=True), folder, report)
+
+
+def _simulate_fleet(scenario: Scenario, path: Path, out: Path, feed: Feed, console: Console) -> FleetReport:
+    assert scenario.fleet is not None
+    profile = find_profile(scenario, path, out, feed, console)
+    with bar(console) as progress:
+        task = progress.add_task("simulating fleets", total=None)
+        rows = simulate_fleet_grid(
+            scenario,
+            profile,
+            alpha=feed.alpha,
+            persist=feed.persist,
+            engine=feed.engine,
+            workers=feed.workers,
+            on_done=lambda n, of: progress.update(task, completed=n, total=of),
+        )
+    return FleetReport(rows, scenario.fleet.max_tpot_ms)
 
 
 async def predict_before(
