@@ -139,7 +139,7 @@ class EmulatedEngine(Engine):
         slots: int = 8,
         max_context: int = 2048,
         wait: Callable[[float], None] = precise_sleep,
-        charge: Callable[[int, int, int], None] | None = None,
+        charge: Callable[[int, int, int, int], None] | None = None,
     ) -> None:
         self.profile = profile
         self.wait = wait
@@ -179,7 +179,7 @@ class EmulatedEngine(Engine):
             raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
         self._length[slot] = length
 
-    def _advance(self, chunks: Sequence[Chunk]) -> None:
+    def _advance(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> None:
         tokens = context = 0
         for c in chunks:
             held, n = self._length[c.slot], len(c.ids)
@@ -192,7 +192,8 @@ class EmulatedEngine(Engine):
         for c in chunks:
             self._length[c.slot] += len(c.ids)
         if self.charge is not None:
-            self.charge(tokens, len(chunks), context)
+            pairs = zip(chunks, samplings, strict=True)
+            self.charge(tokens, len(chunks), context, sum(c.rows for c, s in pairs if not s.greedy))
         else:
             self.wait(self.profile.cost_s(tokens, len(chunks)))
 
@@ -251,7 +252,7 @@ class EmulatedEngine(Engine):
         return out
 
     def choose(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> list[list[int]]:
-        self._advance(chunks)
+        self._advance(chunks, samplings)
         token = self.token
         out = []
         for chunk, sampling in zip(chunks, samplings, strict=True):

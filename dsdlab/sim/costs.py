@@ -33,9 +33,10 @@ class UnfitProfile(ValueError):
 
 
 class Goodness(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How well a form fits what was measured. Errors are relative, |fitted/measured − 1|."""
+    """How well a form fits what was measured while nothing else had the core. Errors are relative,
+    |fitted/measured − 1|; R² is of such errors too (weights 1/t²)."""
 
-    n: int  # measurements
+    n: int  # measurements, all of them
     r2: float
     r2_line: float  # of the straight line alone, without `by_rows`
     error_p50: float

@@ -3,9 +3,9 @@
 The straight line is a non-negative least-squares fit (Lawson and Hanson, "Solving Least Squares Problems",
 1974) of relative errors, reweighted until outliers have no say (iteratively reweighted least squares with
 Tukey's biweight; Holland and Welsch, 1977). What is left at each row count becomes `by_rows`, by medians. A
-forward during which other work had the core counts only where there is no other of its size. All of them, and
-all outliers, are in the residuals, whose mean is that of all measurements: a simulated run is as late on
-average.
+forward during which other work had the core counts only where there is no other of its size, and then without
+the time that it waited. All of them, and all outliers, are in the residuals, whose mean is that of all
+measurements: a simulated run is as late on average.
 """
 
 from __future__ import annotations
@@ -70,11 +70,12 @@ def fit_forward(samples: Sequence[Sample], what: str = "measurements") -> Forwar
         raise UnfitMeasures(
             f"{what}: the fit gives a forward no time at all; measured times scatter too much"
         )
-    errors = np.abs(fitted / every - 1.0)
+    counted = np.array([cost.cost_s(s.tokens, s.batch, s.context) for s in known])
+    errors = np.abs(counted / times - 1.0)
     goodness = Goodness(
         n=len(samples),
-        r2=_r2(every, fitted),
-        r2_line=_r2(every, _columns(samples) @ coefficients),
+        r2=_r2(times, counted),
+        r2_line=_r2(times, columns @ coefficients),
         error_p50=float(np.quantile(errors, 0.5)),
         error_p95=float(np.quantile(errors, 0.95)),
     )
@@ -97,9 +98,17 @@ def _check(samples: Sequence[Sample], what: str) -> None:
 
 
 def _undisturbed(samples: Sequence[Sample]) -> list[Sample]:
-    """Those of each size during which nothing else had the core; all of that size where there are none."""
+    """Those of each size during which nothing else had the core; where there are none, all of that size,
+    without the time that they waited for it."""
     quiet = {(s.tokens, s.batch) for s in samples if not s.disturbed}
-    return [s for s in samples if not s.disturbed or (s.tokens, s.batch) not in quiet]
+    out = []
+    for s in samples:
+        if not s.disturbed:
+            out.append(s)
+        elif (s.tokens, s.batch) not in quiet:
+            seconds = max(s.seconds - s.waited_s, 0.01 * s.seconds)
+            out.append(Sample(s.tokens, s.batch, s.context, seconds))
+    return out
 
 
 def _columns(samples: Sequence[Sample]) -> Array:

@@ -15,8 +15,9 @@ from dsdlab.sim.trace import Proposal, Trace, TracedText, TraceError
 
 __all__ = ["ReplayDrafter", "ReplayTarget", "windows_of"]
 
-Charge = Callable[[int, int, int], None]
-"""Called once a forward with (rows of all sessions, sessions, positions that they hold before)."""
+Charge = Callable[[int, int, int, int], None]
+"""Called once a forward with (rows of all sessions, sessions, positions that they hold before, rows that a token
+is drawn from)."""
 
 
 class ReplayTarget(Engine):
@@ -68,7 +69,7 @@ class ReplayTarget(Engine):
 
     def choose(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> list[list[int]]:
         lengths, texts = self._length, self._said
-        tokens = context = 0
+        tokens = context = drawn = 0
         for chunk, sampling in zip(chunks, samplings, strict=True):
             slot, n = chunk.slot, len(chunk.ids)
             held = lengths[slot]
@@ -80,6 +81,8 @@ class ReplayTarget(Engine):
                 texts[slot] = self._trace.find(chunk.ids, sampling).said
             tokens += n
             context += held
+            if not sampling.greedy:
+                drawn += chunk.rows
         out = []
         for chunk in chunks:
             slot, rows = chunk.slot, chunk.rows
@@ -88,7 +91,7 @@ class ReplayTarget(Engine):
             if len(said) < rows:
                 said += [self._end] * (rows - len(said))
             out.append(said)
-        self._charge(tokens, len(chunks), context)
+        self._charge(tokens, len(chunks), context, drawn)
         return out
 
 
@@ -145,18 +148,21 @@ class ReplayDrafter(Drafter):
         if n > self._trace.gamma == len(window.ids):
             raise TraceError(f"the trace has windows of {self._trace.gamma} tokens; asked for {n}")
         if window.places and window.places[0] < n:
-            self._spend(session, text.whole, base, window, n)
+            self._spend(session, text.whole, base, window, n, 0 if sampling.greedy else 1)
         return window.ids[: max(n, 0)]
 
-    def _spend(self, session: _Session, whole: list[int], base: int, window: Proposal, n: int) -> None:
-        """Charge the forwards of a window's first n tokens, and note what the model holds after them."""
+    def _spend(
+        self, session: _Session, whole: list[int], base: int, window: Proposal, n: int, drawn: int
+    ) -> None:
+        """Charge the forwards of a window's first n tokens, and note what the model holds after them.
+        drawn: whether tokens are, 1 or 0."""
         charge = self._charge
         fed = min(self._kept(session, whole, base, window), base + window.places[0] - 1)
         for place in window.places:
             if place >= n:
                 break
             end = base + place  # the text and the window before this place
-            charge(end - fed, 1, fed)
+            charge(end - fed, 1, fed, drawn)
             fed = end
         session.base, session.held, session.n_held = base, window, fed - base
 

@@ -72,15 +72,15 @@ def test_a_target_is_a_function_of_seeds_and_position() -> None:
 
 
 def test_a_charge_takes_the_place_of_the_profiles_cost() -> None:
-    charged: list[tuple[int, int, int]] = []
+    charged: list[tuple[int, ...]] = []
     clock = Clock()
     engine = EmulatedEngine(EmulatedProfile(base_s=1.0), wait=clock, charge=lambda *f: charged.append(f))
     a, b = engine.open(), engine.open()
     engine.choose([Chunk(a, [1] * 5, 1)], [Sampling()])
     engine.choose([Chunk(a, [1] * 2, 1), Chunk(b, [1] * 3, 1)], [Sampling(), Sampling()])
     engine.rollback(a, 6)
-    engine.choose([Chunk(b, [1], 1), Chunk(a, [1], 1)], [Sampling(), Sampling()])
-    assert charged == [(5, 1, 0), (5, 2, 5), (2, 2, 9)]
+    engine.choose([Chunk(b, [1], 1), Chunk(a, [1], 1)], [Sampling(0.5), Sampling()])
+    assert charged == [(5, 1, 0, 0), (5, 2, 5, 0), (2, 2, 9, 1)]
     assert clock.waits == []
 
 

@@ -123,6 +123,11 @@ def test_what_other_work_disturbs_does_not_count() -> None:
             truth.cost_s(tokens, batch, context), rel=0.01
         )
     assert fmean(fit.residuals) == pytest.approx(1.7, rel=0.05)  # they are not forgotten
+    samples = [
+        Sample(s.tokens, s.batch, s.context, s.seconds * 1.5, s.seconds * 0.5)
+        for s in samples_of(truth, noise=0.005, outliers=0.0, seed=9)
+    ]
+    assert fit_forward(samples).cost_s(5, 1, 128) == pytest.approx(truth.cost_s(5, 1, 128), rel=0.01)
 
 
 def test_nothing_is_negative() -> None:

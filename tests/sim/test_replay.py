@@ -79,8 +79,8 @@ def replayed(
     verified: list[Forward] = []
     drafted: list[Forward] = []
     record = generate(
-        ReplayTarget(trace, lambda *f: verified.append(f)),
-        ReplayDrafter(trace, lambda *f: drafted.append(f)),
+        ReplayTarget(trace, lambda *f: verified.append(f[:3])),
+        ReplayDrafter(trace, lambda *f: drafted.append(f[:3])),
         request,
     )
     return record, verified, drafted
@@ -132,7 +132,7 @@ def test_windows_in_any_order(weights: LlamaWeights, kind: str, seed: int) -> No
     pair = Pair(weights, kind, COUPLED)
     rng = np.random.default_rng(seed)
     drafted: list[Forward] = []
-    replay = ReplayDrafter(pair.trace, lambda *f: drafted.append(f))
+    replay = ReplayDrafter(pair.trace, lambda *f: drafted.append(f[:3]))
     first, last = len(PROMPT) + 1, len(pair.text.whole) - 1
     pair.model.forwards = []
     for _ in range(4):
@@ -278,7 +278,7 @@ def hand_made(gamma: int = 2) -> Trace:
 def test_batches_and_their_cost() -> None:
     """One forward for all sessions; past the end of a text comes an end of sequence, never an error."""
     spent: list[Forward] = []
-    target = ReplayTarget(hand_made(), lambda *f: spent.append(f), slots=2)
+    target = ReplayTarget(hand_made(), lambda *f: spent.append(f[:3]), slots=2)
     a, b = target.open(), target.open()
     with pytest.raises(NoFreeSlot, match="all 2 session slots of t"):
         target.open()
