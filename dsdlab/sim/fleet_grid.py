@@ -169,9 +169,9 @@ def _mean_s(cost: ForwardCost | None, rows: int, context: int) -> float:
 
 
 def bound_tps(spec: FleetSpec) -> float:
-    """Tokens per second that the fleet commits at most, by the operational laws (`dsdlab.sim.queueing`).
+    """Tokens per second that a fleet commits at most, on average; tables call it the closed form.
 
-    A generation needs the target for D seconds and everything else for Z; windows are as long as γ and commit
+    By the operational laws (`dsdlab.sim.queueing`): a generation needs the target for D seconds and everything else for Z; windows are as long as γ and commit
     E(γ) tokens on average. For loss-free links and static windows.
     """
     n, gamma, drafting = spec.max_new_tokens, spec.gamma, spec.mode != "cloud-ar"

@@ -19,7 +19,7 @@ AXES = {
 }  # fmt: skip
 HEADS = [  # of what became of a fleet
     "tokens/s",
-    "at most",
+    "closed form",
     "TPOT p50",
     "p95 ms",
     "TTFT p50",
@@ -100,7 +100,9 @@ def capacity_lines(rows: Sequence[FleetRow], max_tpot_ms: float) -> list[str]:
             continue
         best = max(good, key=lambda m: (m.drafters or 0, m.arrival_per_s or 0.0))
         load = (
-            f"{best.drafters} drafters" if best.drafters is not None else f"{best.arrival_per_s:g} sessions/s"
+            f"{best.drafters} drafter{'s' * (best.drafters > 1)}"
+            if best.drafters is not None
+            else f"{best.arrival_per_s:g} sessions/s"
         )
         speed = f"{best.result.goodput_tps:.0f} tokens/s"
         lines.append(f"{what}: {load} within {max_tpot_ms:g} ms per token ({speed})")

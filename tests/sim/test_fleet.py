@@ -250,7 +250,7 @@ def test_a_grid_of_fleets(tmp_path: Path) -> None:
 def test_capacity_in_words(tmp_path: Path) -> None:
     many = scenario(HEAD + "drafters = [1, 2, 6]\nduration_s = 30\n", tmp_path)
     lines = capacity_lines(simulate_fleet_grid(many, workers=1), 45.0)
-    assert lines[0] == "cloud-ar, γ 0: 1 drafters within 45 ms per token (30 tokens/s)"
+    assert lines[0] == "cloud-ar, γ 0: 1 drafter within 45 ms per token (30 tokens/s)"
     assert any(line.startswith("dsd-sync, γ 4: 2 drafters") for line in lines)
     report = FleetReport(simulate_fleet_grid(many, workers=1), 1.0)
     assert report.lines()[0].endswith("kept to 1 ms per token")
