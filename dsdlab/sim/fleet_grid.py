@@ -171,8 +171,8 @@ def _mean_s(cost: ForwardCost | None, rows: int, context: int) -> float:
 def bound_tps(spec: FleetSpec) -> float:
     """Tokens per second that a fleet commits at most, on average; tables call it the closed form.
 
-    By the operational laws (`dsdlab.sim.queueing`): a generation needs the target for D seconds and everything else for Z; windows are as long as γ and commit
-    E(γ) tokens on average. For loss-free links and static windows.
+    By the operational laws (`dsdlab.sim.queueing`): a generation needs the target for D seconds and all else
+    for Z; windows are as long as γ and commit E(γ) tokens. For loss-free links and static windows.
     """
     n, gamma, drafting = spec.max_new_tokens, spec.gamma, spec.mode != "cloud-ar"
     target, edge, cloud = spec.cloud.target, spec.edge, spec.cloud
