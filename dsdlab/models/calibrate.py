@@ -333,8 +333,7 @@ class _TargetRun(_Run):
     async def _draw(self, rows: int) -> None:
         greedy = await self.timed(partial(self._here, rows))
         drawn = await self.timed(partial(self._here, rows, self._sampling))
-        if not (greedy.disturbed or drawn.disturbed):
-            self.out.drawn.append(Drawn(rows, greedy.seconds, drawn.seconds))
+        self.out.drawn.append(Drawn(rows, greedy.own_s, drawn.own_s))
 
 
 class _DrafterRun(_Run):
@@ -423,8 +422,8 @@ class _DrafterRun(_Run):
                 await self.quietly(partial(self.forwards.catch_up, self.middle, context, 1, sampling))
             )
         greedy, drawn = pair
-        if greedy is not None and drawn is not None and not (greedy.disturbed or drawn.disturbed):
-            self.out.drawn.append(Drawn(1, greedy.seconds, drawn.seconds))
+        if greedy is not None and drawn is not None:
+            self.out.drawn.append(Drawn(1, greedy.own_s, drawn.own_s))
 
 
 async def measure_target(

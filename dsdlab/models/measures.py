@@ -32,6 +32,11 @@ class Sample(msgspec.Struct, frozen=True, array_like=True):
         """Whether it took longer, by more than a hundredth, for what is none of the model's."""
         return self.waited_s > DISTURBED * self.seconds
 
+    @property
+    def own_s(self) -> float:
+        """Seconds without those of waiting."""
+        return max(self.seconds - self.waited_s, DISTURBED * self.seconds)
+
 
 class Rested(msgspec.Struct, frozen=True):
     """Forwards in a row after a rest. idle_s: how long the node was idle; None: another model ran on it."""
@@ -41,7 +46,7 @@ class Rested(msgspec.Struct, frozen=True):
 
 
 class Drawn(msgspec.Struct, frozen=True, array_like=True):
-    """The same forward twice, its `rows` tokens chosen greedily and drawn: seconds each."""
+    """The same forward twice, its `rows` tokens chosen greedily and drawn: seconds each, without waiting."""
 
     rows: int
     greedy_s: float

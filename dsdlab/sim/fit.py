@@ -106,8 +106,7 @@ def _undisturbed(samples: Sequence[Sample]) -> list[Sample]:
         if not s.disturbed:
             out.append(s)
         elif (s.tokens, s.batch) not in quiet:
-            seconds = max(s.seconds - s.waited_s, 0.01 * s.seconds)
-            out.append(Sample(s.tokens, s.batch, s.context, seconds))
+            out.append(Sample(s.tokens, s.batch, s.context, s.own_s))
     return out
 
 

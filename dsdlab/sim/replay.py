@@ -16,8 +16,8 @@ from dsdlab.sim.trace import Proposal, Trace, TracedText, TraceError
 __all__ = ["ReplayDrafter", "ReplayTarget", "windows_of"]
 
 Charge = Callable[[int, int, int, int], None]
-"""Called once a forward with (rows of all sessions, sessions, positions that they hold before, rows that a token
-is drawn from)."""
+"""Called once a forward with (rows of all sessions, sessions, positions that they hold before, drawn
+rows: those whose token is not chosen greedily)."""
 
 
 class ReplayTarget(Engine):
