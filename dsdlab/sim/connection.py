@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from dsdlab.sim.clock import Clock
+from dsdlab.sim.congestion import INITIAL_WINDOW
 from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import segments_of, wire_bytes
-from dsdlab.sim.tcp import INITIAL_WINDOW, Clock, TcpEnd, tcp_pair
+from dsdlab.sim.tcp import TcpEnd, tcp_pair
 
 __all__ = ["Connection", "Stream"]
 
@@ -113,7 +115,7 @@ class Connection:
             )  # fmt: skip
             up.end, down.end = ends
             for end, other in ((ends[0], down), (ends[1], up)):
-                end.deliver = _Deliver(self.clock, other)
+                end.receiver.deliver = _Deliver(self.clock, other)
                 end.broken = self._broken
         for one in (self.up, self.down):
             assert one.end is not None

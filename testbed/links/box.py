@@ -23,10 +23,10 @@ import time
 from collections import deque
 from typing import Any
 
+from dsdlab.sim.clock import EventQueue
 from dsdlab.sim.connection import Connection, Stream
 from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, LinkProfile
-from dsdlab.sim.tcp import EventQueue
 from testbed.links.base import Endpoint, percentile
 
 READ_BYTES = 256 * 1024

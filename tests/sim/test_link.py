@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsdlab.sim.clock import EventQueue
 from dsdlab.sim.connection import Connection
 from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import (
@@ -19,7 +20,6 @@ from dsdlab.sim.profile import (
     segments_of,
     wire_bytes,
 )
-from dsdlab.sim.tcp import EventQueue
 
 BIG = settings(max_examples=60, deadline=None)
 

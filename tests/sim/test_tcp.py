@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsdlab.sim.clock import EventQueue
 from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import MSS_BYTES, Direction, LinkProfile
-from dsdlab.sim.tcp import EventQueue, TcpEnd, tcp_pair
+from dsdlab.sim.tcp import TcpEnd, tcp_pair
 from dsdlab.sim.tcp_timing import TICK_S, AckPolicy, RttEstimator, expiry_s
 
 LOSSY = LinkProfile(rtt_ms=40, loss_pct=1)
@@ -49,8 +50,8 @@ class Wire:
         self.at_server: list[tuple[float, int]] = []
         self.at_client: list[tuple[float, int]] = []
         self.answer: Callable[[int], object] = lambda _: None
-        self.server.deliver = self._arrived
-        self.client.deliver = lambda item: self.at_client.append((self.queue.time(), item))
+        self.server.receiver.deliver = self._arrived
+        self.client.receiver.deliver = lambda item: self.at_client.append((self.queue.time(), item))
 
     def _arrived(self, item: int) -> None:
         self.at_server.append((self.queue.time(), item))
