@@ -63,6 +63,11 @@ class Stream:
             end.write(n_bytes, item)
 
     @property
+    def unsent_bytes(self) -> int:
+        """What TCP keeps back for now."""
+        return 0 if self.end is None else self.end.unsent_bytes
+
+    @property
     def empty(self) -> bool:
         """Whether nothing is under way that `arrived` has not been called with."""
         return self.end is None or (self.end.delivered and not self.connection.to_come)

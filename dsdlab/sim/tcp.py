@@ -125,6 +125,11 @@ class TcpEnd:
         """Whether everything written has been delivered."""
         return not self._peer.receiver.items
 
+    @property
+    def unsent_bytes(self) -> int:
+        """Written, and kept back by a window or for want of room at the bottleneck."""
+        return self._written - self._sent
+
     def write(self, n_bytes: int, item: Any) -> None:
         """Send `n_bytes` in one go; `item` is what the peer's `deliver` is called with. No bytes stand for
         the end of the stream, which takes a number of its own."""

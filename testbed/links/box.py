@@ -104,7 +104,7 @@ class _Pipe:
 
     def read_limit(self, now_s: float) -> int:
         """Bytes that may be read now: 0 when the source has to wait."""
-        if self.eof or self.queued_bytes >= QUEUE_BYTES:
+        if self.eof or self.queued_bytes >= QUEUE_BYTES or self.stream.unsent_bytes:
             return 0
         buffer_bytes = self.link.profile.buffer_bytes
         if buffer_bytes is None or self.link.s_per_byte == 0.0:
@@ -283,7 +283,7 @@ class Box:
                 if pipe.read_limit(now_s):
                     readers[pipe.src] = pipe
                     reads.append(pipe.src)
-                elif not pipe.eof and pipe.queued_bytes < QUEUE_BYTES:
+                elif not (pipe.eof or pipe.queued_bytes >= QUEUE_BYTES or pipe.stream.unsent_bytes):
                     wake_s = min(wake_s, now_s + max(1e-6, pipe.link.room_s(now_s)))
                 if pipe.blocked:
                     writes.append(pipe.dst)

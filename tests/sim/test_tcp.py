@@ -245,7 +245,12 @@ def test_an_answer_carries_the_acknowledgement() -> None:
 def test_a_connection_is_given_up_in_the_end() -> None:
     wire = Wire(LinkProfile(rtt_ms=40, partitioned=True))
     gone: list[float] = []
-    wire.client.broken = lambda: (gone.append(wire.queue.time()), wire.client.close())
+
+    def broken() -> None:
+        gone.append(wire.queue.time())
+        wire.client.close()
+
+    wire.client.broken = broken
     wire.send(1.0, 1)
     assert wire.run(5000.0) == []
     assert len(gone) == 1

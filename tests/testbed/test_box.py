@@ -148,6 +148,32 @@ def test_profile_change_keeps_order_of_bytes_in_flight(tmp_path: Path) -> None:
     run(body())
 
 
+def test_a_partition_stalls_and_loses_nothing(tmp_path: Path) -> None:
+    """What is written during it arrives with the first retransmission after its end."""
+    length_s = 0.6
+
+    async def body() -> None:
+        async with linked(tmp_path, LinkProfile(rtt_ms=20)) as (link, edge):
+            sock = await asyncio.to_thread(connect, edge)
+            with sock:
+                sock.sendall(b"1")
+                assert await asyncio.to_thread(read_exactly, sock, 1) == b"1"
+                await link.apply(LinkProfile(rtt_ms=20, partitioned=True))
+                t0_s = time.perf_counter()
+                sock.sendall(b"a" * 50)
+                await asyncio.sleep(length_s / 2)
+                sock.sendall(b"b" * 50)
+                await asyncio.sleep(length_s / 2)
+                await link.apply(LinkProfile(rtt_ms=20))
+                assert await asyncio.to_thread(read_exactly, sock, 100) == b"a" * 50 + b"b" * 50
+                assert length_s <= time.perf_counter() - t0_s <= 2.1 * length_s + 0.5
+                stats = await link.stats()
+                assert stats["up"]["lost"] >= 2
+                assert stats["up"]["probes"] + stats["up"]["timeouts"] >= 2
+
+    run(body())
+
+
 def test_connections_share_the_bottleneck(tmp_path: Path) -> None:
     """Four at once through 20 Mbit/s take as long as their sum, and none much less than the others."""
     n_bytes = 100_000
