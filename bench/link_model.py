@@ -31,7 +31,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsdlab.protocol import AnyFrame, Channel, Commit, Draft, Verdict, pack_ids
+from dsdlab.protocol import AnyFrame, Channel, Commit, Draft, Ping, Verdict, pack_ids
 from dsdlab.sim import loop
 from dsdlab.sim.channel import SimLink
 from dsdlab.sim.profile import LinkProfile
@@ -150,10 +150,18 @@ async def _expect(channel: Channel, kind: type[AnyFrame]) -> None:
     assert isinstance(frame, kind)
 
 
+async def _open(edge: Channel, cloud: Channel) -> None:
+    """What a generation begins with: Hello, Welcome, Open. It makes the edge's TCP an interactive one."""
+    for sender, receiver in ((edge, cloud), (cloud, edge), (edge, cloud)):
+        await sender.send(Ping(1, 0.0))
+        await _expect(receiver, Ping)
+
+
 async def model_turns(link: SimLink, spans: Sequence[Span], node_s: float) -> list[float]:
     """The round trips of a generation through the model, ms."""
     clock = asyncio.get_running_loop()
     edge, cloud = link.pair(edge=(node_s / 4, node_s / 4), cloud=(node_s / 4, node_s / 4))
+    await _open(edge, cloud)
     draft, verdict = Draft(1, 0, 500, pack_ids(range(GAMMA))), Verdict(1, 0, 500, 3, 7, 100, 1500)
 
     async def serve() -> None:
@@ -178,6 +186,7 @@ async def model_stream(link: SimLink, spans: Sequence[Span], node_s: float) -> l
     """The gaps between arrivals of a stream through the model, ms."""
     clock = asyncio.get_running_loop()
     edge, cloud = link.pair(edge=(node_s / 4, node_s / 4), cloud=(node_s / 4, node_s / 4))
+    await _open(edge, cloud)
     commit = Commit(1, 500, pack_ids([7]), 0, 0, 0, 22500, 1500)
 
     async def serve() -> None:

@@ -364,13 +364,14 @@ class TcpEnd:
             segments[0].start = ack
         advanced = ack > self._una
         self._una = max(self._una, ack)
-        fresh = [s for s in acked if not s.sacked]
+        fresh: list[_Segment] = []
         newly_sacked = False
         if sacks:
             for segment in segments:
                 if not segment.sacked and any(a <= segment.start and segment.end <= b for a, b in sacks):
                     segment.sacked, segment.lost, newly_sacked = True, False, True
                     fresh.append(segment)
+        fresh += [s for s in acked if not s.sacked]
         if acked:
             clear = [s for s in acked if not s.resent]
             rtt_s = now_s - (clear[0].sent_s if len(clear) == len(acked) else echo_s)
@@ -380,8 +381,10 @@ class TcpEnd:
             rtt_s = now_s - segment.sent_s
             if segment.resent and rtt_s < self.rtt.least_s:
                 continue  # its first copy got through
-            if (segment.sent_s, segment.end) > self._rack:
-                self._rack, self._rack_rtt_s = (segment.sent_s, segment.end), rtt_s
+            # Linux takes the round trip of what it looks at last: the selectively acknowledged come first, so
+            # a delayed cumulative acknowledgement in the same packet makes it more patient
+            self._rack_rtt_s = rtt_s
+            self._rack = max(self._rack, (segment.sent_s, segment.end))
         self._answer_probe(ack, again, bare and not advanced and not newly_sacked)
         if acked and self._state != RECOVERY:
             self._window.grow(len(acked), flying, after_timeout=self._state == LOSS)

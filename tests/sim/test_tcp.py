@@ -171,6 +171,18 @@ def test_what_follows_repairs() -> None:
     assert three.up.stats.fast_retransmits == 1
 
 
+def test_a_delayed_acknowledgement_makes_the_sender_patient() -> None:
+    """It tells of the first segment in the same packet that tells, selectively, of the third: the round trip
+    that the loss of the second is judged by is then the first one's, delay included."""
+    wire = Wire(up=[1])
+    for k in range(3):
+        wire.send(1.0 + 0.015 * k, k)
+    heard_s = 1.030 + 0.040
+    patience_s = (heard_s - 1.0) + 0.010 - (heard_s - 1.015)
+    again_s = fires(heard_s, patience_s + 0.002)
+    assert wire.run() == pytest.approx([1.020, again_s + 0.020, again_s + 0.020])
+
+
 def test_lost_retransmissions_back_off() -> None:
     """The probe comes at one RTO, the timer one RTO after it, and then twice as late each time."""
     for losses in range(1, 7):
