@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dsdlab.models.calibrate import calibration_text
-from dsdlab.models.measures import Measures
+from dsdlab.models.measures import Measures, Sample
 from dsdlab.scenario import Scenario
 from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
 from dsdlab.sim.fit import fit_measures
@@ -88,13 +88,14 @@ async def _calibrate(
     try:
         on_stage("calibrating frames")
         frame_s, pinged = await _frame_s(bed, quiet)
-        streamed_s = await _stream_s(bed)
+        streamed_s, streamed = await _stream(bed)
     finally:
         await bed.set_link(before)
     on_stage("calibrating the verifier's models")
     on_cloud = await bed.measure_models(sampling=sampling, budget_s=budget_s, seed=seed)
     on_stage("calibrating the edge's models")
     on_edge = await bed.measure_models(0, sampling=sampling, budget_s=budget_s, seed=seed)
+    cloud = _costs(on_cloud, frame_s / 4.0, hop_s=streamed_s)
     models = scenario.models
     runtime, link = scenario.run.runtime, scenario.run.link
     return SystemProfile(
@@ -104,7 +105,7 @@ async def _calibrate(
         target=models.target,
         drafter=models.drafter,
         precision=models.precision,
-        cloud=_costs(on_cloud, frame_s / 4.0, hop_s=streamed_s),
+        cloud=cloud,
         edge=_costs(on_edge, frame_s / 4.0),
         provenance={
             **provenance(command),
@@ -113,6 +114,7 @@ async def _calibrate(
             "bed": await bed.facts(),
             "frames": pinged,
             "streamed_hop_s": streamed_s,
+            "stream_over_fit": _against_stream(cloud.target, streamed),
             "nodes": {name: _told(found) for name, found in (("cloud", on_cloud), ("edge", on_edge))},
             "wall_s": (datetime.now(UTC) - begun_at).total_seconds(),
         },
@@ -144,12 +146,14 @@ async def _frame_s(bed: Testbed, link: LinkProfile) -> tuple[float, dict[str, An
     return max(0.0, ping_ms - link_ms) / 1e3, told
 
 
-async def _stream_s(bed: Testbed) -> float:
-    """What passes between two commits of a stream beyond the target's compute, s: median over all steps."""
+async def _stream(bed: Testbed) -> tuple[float, list[Sample]]:
+    """What passes between two commits of a stream beyond the target's compute, s: median over all steps; and
+    what these steps computed."""
     info = bed.verifier.info["info"]["target"]
     prompt = min(PROMPT, info["max_context"] // 4)
     tokens = min(STREAMED, info["max_context"] // 2)
     extras: list[float] = []
+    computed: list[Sample] = []
     for seed in range(STREAMS):
         job = {
             "prompt_ids": calibration_text(info["vocab_size"], prompt, seed),
@@ -159,9 +163,17 @@ async def _stream_s(bed: Testbed) -> float:
         }
         record = await bed.generate(job)
         at_s = [when for when, _ in record["commits"]]
-        steps = zip(at_s, at_s[1:], record["t_verify_s"][1:], strict=False)
-        extras += [after - earlier - compute_s for earlier, after, compute_s in steps]
-    return max(0.0, median(extras)) if extras else 0.0
+        for step, compute_s in enumerate(record["t_verify_s"][1:]):  # the first is the prompt's
+            extras.append(at_s[step + 1] - at_s[step] - compute_s)
+            computed.append(Sample(1, 1, prompt + step, compute_s))
+    return (max(0.0, median(extras)) if extras else 0.0), computed
+
+
+def _against_stream(cost: ForwardCost | None, computed: Sequence[Sample]) -> float | None:
+    """The stream's steps, which the fit has not seen: median of measured/fitted."""
+    if cost is None or not computed:
+        return None
+    return median(s.seconds / cost.cost_s(s.tokens, s.batch, s.context) for s in computed)
 
 
 def _costs(found: dict[str, Measures], quarter_s: float, hop_s: float | None = None) -> NodeCosts:
@@ -231,6 +243,8 @@ def show_profile(profile: SystemProfile, console: Console) -> None:
             f"receive {_us(costs.recv_s)} µs",
             highlight=False,
         )
+    if (ratio := profile.provenance.get("stream_over_fit")) is not None:
+        console.print(f"a stream, which the fit has not seen: measured/fitted {ratio:.3f}", highlight=False)
     _warn(profile, console)
 
 

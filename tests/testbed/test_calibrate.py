@@ -75,6 +75,7 @@ def test_emulated_costs_come_back(tmp_path: Path) -> None:
         assert 0.0 < node.hop_s < 0.004
         assert 0.0 <= node.send_s < 0.002
     assert profile.origin == "measured here"
+    assert profile.provenance["stream_over_fit"] == pytest.approx(1.0, abs=0.05)
     assert profile.provenance["runtime"] == "process"
     assert profile.provenance["command"] == "a test"
     assert "cpu" in profile.provenance
