@@ -128,6 +128,7 @@ def simulate_generation(
     steps: Sequence[LinkStep] = (),
     *,
     seed: str,
+    nodelay: bool = True,
     timeout_s: float = 3600.0,
 ) -> GenerationRecord:
     """One generation in virtual time; the connection exists when it begins, as on the testbed.
@@ -138,7 +139,7 @@ def simulate_generation(
 
     async def main() -> GenerationRecord:
         rng = random.Random(seed)
-        box = SimLink(link, seed=rng.getrandbits(63))
+        box = SimLink(link, seed=rng.getrandbits(63), nodelay=nodelay)
         edge, cloud = pair.edge, pair.cloud
         here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
         cloud_compute, edge_compute = _compute(cloud), _compute(edge)
@@ -224,7 +225,13 @@ def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> Pred
             try:
                 records.append(
                     simulate_generation(
-                        pair, request, link, scenario.steps, seed=seed, timeout_s=scenario.run.timeout_s
+                        pair,
+                        request,
+                        link,
+                        scenario.steps,
+                        seed=seed,
+                        nodelay=cell.nodelay,
+                        timeout_s=scenario.run.timeout_s,
                     )
                 )
             except TimeoutError:
