@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
 from devtools import browse
-from synthetic_rows import grid, run_record
+from synthetic_rows import grid, prediction, run_record
 
 from dsdlab.report import render
 from dsdlab.sweep import stats
@@ -64,6 +65,54 @@ def test_opens_without_error_or_request(tmp_path: Path) -> None:
             outside = [url for url in page.requests if not url.startswith(("file:", "data:"))]
             assert (outside, page.complaints) == ([], [])
             assert [url for url in page.requests if url.startswith("file:")] == [file.as_uri()]
+
+    asyncio.run(visit())
+
+
+def test_simulated_and_measured_together(tmp_path: Path) -> None:
+    """Hovering compares both; errors sort as numbers; a phone has room for it, the dark its own colours."""
+    rows = grid(reps=1, rates_mbit=(None, 5.0), losses_pct=(0.0, 1.0))
+    file = render(run_record(), rows, tmp_path / "report.html", "dsdlab sweep x.toml", prediction(rows))
+
+    async def visit() -> None:
+        async with browse(file.as_uri()) as page:
+            box = await page.look(
+                "(() => { const s = document.querySelector('svg.chart.wide'); s.scrollIntoView();"
+                "const b = s.getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2] })()"
+            )
+            await page.hover(*box)
+            tip = await page.look("document.getElementById('tip').innerText")
+            assert "measured median" in tip
+            assert len(re.findall(r"\d ms, [+−]?\d+\.\d %", tip)) == 4
+            line = "document.querySelector('svg.chart.wide .sim')"
+            assert await page.look(f"{line}.getBoundingClientRect().width") > 100
+            light = await page.look(f"getComputedStyle({line}).stroke")
+
+            # errors sort by value, the true minus sign included
+            column = (
+                "[...document.querySelectorAll('#simulator .errors tbody tr')]"
+                ".map(r => parseFloat(r.cells[6].textContent.replace('−', '-')))"
+            )
+            press = "document.querySelectorAll('#simulator .errors th button')[6].click()"
+            assert (
+                await page.look("document.querySelectorAll('.errors th')[6].innerText.trim()") == "error, %"
+            )
+            before = await page.look(column)
+            await page.look(press)
+            assert await page.look(column) == sorted(before) != before
+
+            features = [{"name": "prefers-color-scheme", "value": "dark"}]
+            await page.call("Emulation.setEmulatedMedia", features=features)
+            assert await page.look(f"getComputedStyle({line}).stroke") != light
+            slow = "getComputedStyle(document.querySelector('.map .slow')).backgroundColor"
+            assert "rgba(0, 0, 0, 0)" not in await page.look(slow)
+
+            await page.resize(390, 844)
+            assert await page.look("document.documentElement.scrollWidth") <= 390
+            assert await page.look(
+                "[...document.querySelectorAll('.map, .totals')].every(t => t.offsetWidth <= 360)"
+            )
+            assert page.complaints == []
 
     asyncio.run(visit())
 
