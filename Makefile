@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint bench bench-links bench-link-model bench-runtimes report image doctor clean
+.PHONY: sweep test lint bench bench-links bench-link-model bench-sim bench-runtimes report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -21,6 +21,9 @@ bench: .venv/ready
 
 bench-links: .venv/ready
 	$(PY) -m bench.links
+
+bench-sim: .venv/ready-dev
+	$(PY) -m bench.sim
 
 bench-link-model: .venv/ready
 	$(PY) -m bench.link_model

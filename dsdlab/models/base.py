@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -43,8 +44,7 @@ class ModelInfo:
     digest: str = ""  # sha256 of the weights
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(msgspec.Struct, frozen=True, gc=False):
     """Tokens to append to one session: `ids` go after the session's current length.
 
     rows: for how many of the last positions logits are wanted (0 ≤ rows ≤ len(ids)).

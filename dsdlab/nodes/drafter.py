@@ -392,7 +392,7 @@ class DrafterNode:
         if self._drafter is None:
             raise GenerationFailed("mode", "this node has no drafter")
         loop = asyncio.get_running_loop()
-        request, text, record = run.request, run.text, run.record
+        request, text, record, start_s = run.request, run.text, run.record, run.start_s
         policy = load_window_policy(request.policy, request.gamma)
         async with slot_of(self._compute, self._drafter) as slot:
             vocab_size = self.welcome.vocab_size if self.welcome is not None else MAX_VOCAB
@@ -410,8 +410,9 @@ class DrafterNode:
                 await channel.send(Draft(run.session, run.epoch, base, pack_ids(draft)))
                 verdict = await self._await_verdict(channel, run, base, len(draft))
                 now_s = loop.time()
+                begun_at_s, sent_at_s, now_at_s = begun_s - start_s, sent_s - start_s, now_s - start_s
                 if draft:
-                    run.event("draft", begun_s, sent_s)
+                    record.events.append(("draft", begun_at_s, sent_at_s))
                 if verdict is None:  # a Commit moved the text on: draft again from there
                     continue
                 new = text.append([*draft[: verdict.accepted], verdict.next_id])
@@ -422,9 +423,12 @@ class DrafterNode:
                 record.t_verify_s.append(t_verify_s)
                 record.t_queue_s.append(t_queue_s)
                 flight_s = max(0.0, now_s - sent_s - t_verify_s - t_queue_s) / 2
-                run.event("flight_up", sent_s, sent_s + flight_s)
-                run.event("verify", now_s - flight_s - t_verify_s, now_s - flight_s)
-                run.event("flight_down", now_s - flight_s, now_s)
+                verified_at_s = now_at_s - flight_s
+                record.events += (
+                    ("flight_up", sent_at_s, sent_at_s + flight_s),
+                    ("verify", verified_at_s - t_verify_s, verified_at_s),
+                    ("flight_down", verified_at_s, now_at_s),
+                )
                 policy.observe(
                     Outcome(len(draft), verdict.accepted, t_draft_s, t_verify_s, t_queue_s, now_s - sent_s)
                 )

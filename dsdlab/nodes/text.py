@@ -19,6 +19,8 @@ class Text:
     INVARIANT T3: nothing is committed after `finish` is set.
     """
 
+    __slots__ = ("eos_ids", "finish", "ids", "max_new_tokens", "n_prompt", "sampling")
+
     def __init__(
         self,
         prompt: Sequence[int],

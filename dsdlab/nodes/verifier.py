@@ -19,6 +19,7 @@ from dsdlab.decoding import Sampling
 from dsdlab.models.base import ContextFull, Engine, NoFreeSlot
 from dsdlab.models.compute import Compute
 from dsdlab.models.drafters import Drafter
+from dsdlab.nodes.mailbox import Mailbox
 from dsdlab.nodes.step import decode, judge, slot_of
 from dsdlab.nodes.text import Text
 from dsdlab.protocol.channel import Channel
@@ -55,12 +56,16 @@ SessionKey = tuple[str, int]  # (client's node id, session)
 class _Session:
     """One session's state, kept across connections."""
 
+    __slots__ = (
+        "channel", "drafts", "epoch", "key", "losses", "opened", "sending", "stale_frames", "task", "text",
+    )  # fmt: skip
+
     def __init__(self, key: SessionKey, opened: Open, text: Text, channel: Channel) -> None:
         self.key = key
         self.opened = opened
         self.text = text
         self.channel: Channel | None = channel
-        self.drafts: asyncio.Queue[Draft] = asyncio.Queue(MAX_WAITING_DRAFTS)
+        self.drafts: Mailbox[Draft] = Mailbox()
         self.sending = asyncio.Lock()
         self.task: asyncio.Task[None] | None = None
         self.epoch = 0
@@ -127,6 +132,7 @@ class VerifierNode:
             token=token,
         )
         self._sessions: dict[SessionKey, _Session] = {}
+        self._of_node: dict[str, dict[_Session, None]] = {}  # the same, by client
         self._closed: OrderedDict[SessionKey, None] = OrderedDict()
         self._reapers: set[asyncio.Task[None]] = set()
 
@@ -142,7 +148,7 @@ class VerifierNode:
             while True:
                 await self._on_frame(channel, hello.node_id, await channel.recv())
         finally:
-            for session in self._sessions.values():
+            for session in self._of_node.get(hello.node_id, ()):
                 if session.channel is channel:
                     session.channel = None
                     self._reap_later(session)
@@ -155,6 +161,9 @@ class VerifierNode:
             await self._end(session)
 
     async def _on_frame(self, channel: Channel, node_id: str, frame: AnyFrame) -> None:
+        if type(frame) is Draft:  # by far the most frequent
+            await self._on_draft(channel, (node_id, frame.session), frame)
+            return
         match frame:
             case Ping():
                 await channel.send(Pong(frame.nonce, asyncio.get_running_loop().time()))
@@ -162,8 +171,6 @@ class VerifierNode:
                 await self._on_open(channel, (node_id, frame.session), frame)
             case Resume():
                 await self._on_resume(channel, (node_id, frame.session), frame)
-            case Draft():
-                await self._on_draft(channel, (node_id, frame.session), frame)
             case Close():
                 key = (node_id, frame.session)
                 self._remember_close(key)
@@ -196,6 +203,7 @@ class VerifierNode:
             await self._end(known)
         session = _Session(key, frame, text, channel)
         self._sessions[key] = session
+        self._of_node.setdefault(key[0], {})[session] = None
         session.task = asyncio.create_task(self._run(session), name=f"session {key}")
 
     def _checked_text(self, frame: Open) -> Text:
@@ -247,9 +255,9 @@ class VerifierNode:
         if session.text.finish is not None:
             await self._send_lacking(session, frame)
             return
-        if session.drafts.full():
+        if len(session.drafts) >= MAX_WAITING_DRAFTS:
             raise ProtocolError("bad-frame", f"more than {MAX_WAITING_DRAFTS} drafts wait")
-        session.drafts.put_nowait(frame)
+        session.drafts.put(frame)
 
     # running -------------------------------------------------------------------------------------
 
@@ -268,8 +276,7 @@ class VerifierNode:
         except Exception:
             log.exception("session=%s failed", session.key)
             reason = refusal("internal", "the verifier failed; its log says why", session=session.number)
-        if self._sessions.get(session.key) is session:
-            del self._sessions[session.key]
+        self._forget(session)
         await session.send(reason)
 
     async def _decode(self, session: _Session, slot: int) -> None:
@@ -278,8 +285,8 @@ class VerifierNode:
             await self._prefill(session, slot)
             while text.finish is None:
                 await self._judge(session, slot, await session.drafts.get())
-            while not session.drafts.empty():  # sent after a reconnect, while the last window was judged
-                await self._send_lacking(session, session.drafts.get_nowait())
+            while session.drafts:  # sent after a reconnect, while the last window was judged
+                await self._send_lacking(session, session.drafts.take())
             return
         gamma = session.opened.gamma if mode == "cloud-sd" else 0
         steps = decode(text, self._engine, slot, self._compute, gamma, self._drafter)
@@ -350,8 +357,16 @@ class VerifierNode:
 
     # ending --------------------------------------------------------------------------------------
 
+    def _forget(self, session: _Session) -> None:
+        if self._sessions.get(session.key) is session:
+            del self._sessions[session.key]
+            others = self._of_node[session.key[0]]
+            others.pop(session, None)
+            if not others:
+                del self._of_node[session.key[0]]
+
     async def _end(self, session: _Session) -> None:
-        self._sessions.pop(session.key, None)
+        self._forget(session)
         if session.task is not None:
             session.task.cancel()
             await asyncio.wait([session.task])  # unlike `await task`: a cancellation of this one passes

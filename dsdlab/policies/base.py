@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+
+import msgspec
 
 from dsdlab.protocol.frames import MAX_WINDOW
 
@@ -12,8 +13,7 @@ class PolicyError(ValueError):
     """A policy is unknown or its parameters are out of range; one line for the user."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True, gc=False):
     """One judged window, seen from the node that drafts."""
 
     drafted: int
@@ -24,8 +24,7 @@ class Outcome:
     t_round_s: float  # from the window's departure to its verdict, network and target together
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """gamma: tokens to draft next; 0 lets the target decode alone for one token."""
 
     gamma: int

@@ -9,7 +9,6 @@ the way, so that 10⁵ sessions fit into memory; one run is a deterministic func
 from __future__ import annotations
 
 import asyncio
-import gc
 import math
 import random
 import time
@@ -152,8 +151,6 @@ def run_fleet(spec: FleetSpec, log: Log | None = None, on_record: OnRecord | Non
     Raises UnfitProfile where a model that the mode needs has no cost, and whatever the nodes raise.
     """
     begun = time.perf_counter()
-    often = gc.get_threshold()
-    gc.set_threshold(max(often[0], 100_000), 20, 100)  # looking through 10⁵ sessions took half of the time
     try:
         result = loop.run(_Fleet(spec, log, on_record).main())
     except ExceptionGroup as failed:  # of the tasks; the first to fail has stopped the others
@@ -161,8 +158,6 @@ def run_fleet(spec: FleetSpec, log: Log | None = None, on_record: OnRecord | Non
         while isinstance(first, ExceptionGroup):
             first = first.exceptions[0]
         raise first from None
-    finally:
-        gc.set_threshold(*often)
     return msgspec.structs.replace(result, wall_s=time.perf_counter() - begun)
 
 

@@ -13,6 +13,7 @@ cancelled; no timer fires early.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import sys
@@ -27,6 +28,8 @@ from heapq import heapify, heappop, heappush
 from pathlib import PurePath
 from typing import Any, NoReturn, TypeVar
 
+import msgspec
+
 __all__ = ["Deadlock", "Handle", "Runaway", "TimerHandle", "VirtualLoop", "run"]
 
 T = TypeVar("T")
@@ -35,6 +38,8 @@ log = logging.getLogger("dsdlab.sim.loop")
 MAX_STILL = 1_000_000
 """Callbacks that may run while time stands still, beside `STILL_PER_TASK` for every task."""
 STILL_PER_TASK = 1000
+GARBAGE_EVERY = 100_000
+"""New objects between two looks for garbage: looking through 10⁵ sessions takes half of the time else."""
 MAX_LISTED = 10  # tasks named in an error
 MAX_ENDINGS = 10  # times that a task is cancelled before it is said not to end
 _NEVER_S, _LAST_S = math.inf, sys.float_info.max
@@ -49,13 +54,12 @@ class Runaway(RuntimeError):
     """A limit was passed: callbacks while time stood still, callbacks in all, or virtual time."""
 
 
-class Handle:
+class Handle(msgspec.Struct, eq=False):  # a Struct is made in a third of a class's time
     """A callback that is to run; `cancel` takes it back."""
 
-    __slots__ = ("args", "callback", "context")
-
-    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...], context: Context) -> None:
-        self.callback, self.args, self.context = callback, args, context
+    callback: Callable[..., object]
+    args: tuple[Any, ...]
+    context: Context
 
     def cancel(self) -> None:
         self.callback, self.args = _nothing, ()
@@ -64,35 +68,32 @@ class Handle:
         return self.callback is _nothing
 
 
-class TimerHandle(Handle):
+class TimerHandle(Handle, eq=False):
     """A callback that is to run at a time of the loop's clock."""
 
-    __slots__ = ("_loop", "_when_s")
-
-    def __init__(
-        self,
-        when_s: float,
-        callback: Callable[..., object],
-        args: tuple[Any, ...],
-        context: Context,
-        loop: VirtualLoop,
-    ) -> None:
-        self.callback, self.args, self.context = callback, args, context
-        self._when_s = when_s
-        self._loop: VirtualLoop | None = loop  # None once it is due
+    when_s: float
+    loop: Any  # a VirtualLoop; None once it is due
 
     def when(self) -> float:
-        return self._when_s
+        return self.when_s
 
     def cancel(self) -> None:
         if self.callback is not _nothing:
             self.callback, self.args = _nothing, ()
-            if self._loop is not None:
-                self._loop._timer_cancelled()
+            if self.loop is not None:
+                self.loop._timer_cancelled()
 
 
 def _nothing() -> None:
     """What a cancelled handle runs."""
+
+
+def _awake(sleeper: asyncio.Future[None]) -> None:
+    if not sleeper.done():
+        sleeper.set_result(None)
+
+
+_CONTEXT = copy_context()  # for callbacks that look at no context variable
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
@@ -163,7 +164,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             raise RuntimeError("Event loop is closed")
         if not when <= _NEVER_S:
             raise ValueError(f"a timer is set for {when} s; allowed: a number")
-        timer = TimerHandle(when, callback, args, context if context is not None else copy_context(), self)
+        timer = TimerHandle(callback, args, context if context is not None else copy_context(), when, self)
         self._n_timers = number = self._n_timers + 1
         heappush(self._timers, (when, number, timer))
         return timer
@@ -179,6 +180,12 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if self._thread is not None and self._thread != threading.get_ident():
             raise RuntimeError("a VirtualLoop takes no calls from other threads")
         return self.call_soon(callback, *args, context=context)
+
+    def sleep(self, delay_s: float) -> asyncio.Future[None]:
+        """A future that is done `delay_s` from now: `asyncio.sleep` without the coroutine around it."""
+        over: asyncio.Future[None] = asyncio.Future(loop=self)
+        self.call_at(self._now_s + delay_s, _awake, over, context=_CONTEXT)
+        return over
 
     def _timer_cancelled(self) -> None:
         self._n_cancelled = n = self._n_cancelled + 1
@@ -287,7 +294,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                     if timer.callback is _nothing:
                         self._n_cancelled -= 1
                     else:
-                        timer._loop = None
+                        timer.loop = None
                         append(timer)
             n = len(ready)
             if not n and not self._stopping:
@@ -514,6 +521,8 @@ def run(
     except ValueError:
         main.close()
         raise
+    often = gc.get_threshold()
+    gc.set_threshold(max(often[0], GARBAGE_EVERY), 20, 100)
     try:
         try:
             result = loop.run_until_complete(main)
@@ -524,6 +533,7 @@ def run(
         _end_tasks(loop)
         return result
     finally:
+        gc.set_threshold(*often)
         loop.close()
 
 

@@ -38,7 +38,7 @@ def predict(
     on_done: OnDone | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> Prediction:
-    """Simulate every generation of the plan in `draws` draws. Raises GridFailed, UnfitProfile or TraceError."""
+    """Simulate every generation of the plan in `draws` draws. Raises GridFailed, UnfitProfile, TraceError."""
     began_s = time.monotonic()
     cells = run_tasks(
         simulate_cell,

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from dsdlab.decoding import Sampling
 from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Engine
-from dsdlab.models.drafters import LOOKUP, Drafter, ModelDrafter, PromptLookup
+from dsdlab.models.drafters import LOOKUP, Drafter, PromptLookup
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile, parse_profile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
 from dsdlab.protocol.channel import Channel
@@ -29,6 +29,7 @@ from dsdlab.sim.loop import run
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration
 from dsdlab.sim.profile import LinkProfile, LinkStep
 from dsdlab.sim.replay import ReplayDrafter, ReplayTarget
+from dsdlab.sim.synthetic import SyntheticDrafter
 from dsdlab.sim.trace import Trace
 from dsdlab.sweep.plan import Job
 
@@ -93,7 +94,7 @@ class Pair:
             spec = EmulatedProfile(alpha=self.alpha, persist=self.persist or 0.0, vocab_size=VOCAB)
         else:
             spec = self._emulated(self.drafter)
-        return ModelDrafter(self._engine(spec, cost, compute, rng))
+        return SyntheticDrafter(self._engine(spec, cost, compute, rng))
 
     def _emulated(self, name: str) -> EmulatedProfile:
         if not name.startswith(EMULATED):
