@@ -45,30 +45,3 @@ class ThreadCompute:
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)
-
-
-class VirtualCompute:
-    """Work runs at once and its emulated cost passes on the event loop's own clock.
-
-    Give `spend` to an EmulatedEngine as its `wait`.
-    """
-
-    def __init__(self) -> None:
-        self._lock = asyncio.Lock()
-        self._spent_s = 0.0
-
-    def spend(self, duration_s: float) -> None:
-        """Note time that the work now running takes."""
-        self._spent_s += duration_s
-
-    async def run(self, work: Callable[[], T]) -> tuple[T, Timing]:
-        loop = asyncio.get_running_loop()
-        asked = loop.time()
-        async with self._lock:
-            begun = loop.time()
-            self._spent_s = 0.0
-            result = work()
-            spent_s = self._spent_s
-            if spent_s > 0.0:
-                await asyncio.sleep(spent_s)
-        return result, Timing(begun - asked, spent_s)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any, TypeVar
@@ -14,13 +12,14 @@ import numpy as np
 
 from dsdlab.decoding import Sampling, gumbel, log_softmax, warp
 from dsdlab.models.base import Chunk, Engine
-from dsdlab.models.compute import Compute, Timing, VirtualCompute
+from dsdlab.models.compute import Compute, Timing
 from dsdlab.models.drafters import Drafter, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
 from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError, Refused
 from dsdlab.protocol.frames import AnyFrame, Draft, Hello, Open, Welcome, pack_ids
 from dsdlab.protocol.memory import Faults, MemoryChannel, memory_pair
+from dsdlab.sim.compute import SimCompute
 
 T = TypeVar("T")
 Pair = tuple[Faults, Faults]
@@ -28,50 +27,7 @@ CLEAN: Pair = (Faults(), Faults())
 PROMPT = [5, 3, 9, 5, 3, 9, 5]
 
 
-class Deadlock(Exception):
-    """Every task waits and no timer is set: somebody would wait for ever."""
-
-
-class _VirtualSelector(selectors.DefaultSelector):
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[Any]:
-        ready = super().select(0)
-        if ready:
-            return ready
-        if timeout is None:
-            raise Deadlock
-        self.now_s += max(timeout, 0.0)
-        return []
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    """Time jumps to the next timer."""
-
-    def __init__(self) -> None:
-        self._virtual = _VirtualSelector()
-        super().__init__(self._virtual)
-
-    def time(self) -> float:
-        return self._virtual.now_s
-
-
-def run(main: Coroutine[Any, Any, T]) -> T:
-    """Run on the virtual clock. Raises Deadlock where real time would hang."""
-    loop = VirtualLoop()
-    try:
-        return loop.run_until_complete(main)
-    finally:
-        while tasks := asyncio.all_tasks(loop):  # ending one may start another
-            for task in tasks:
-                task.cancel()
-                with suppress(asyncio.CancelledError, Deadlock, ChannelClosed):
-                    loop.run_until_complete(task)
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
-
-
-class Costly(VirtualCompute):
+class Costly(SimCompute):
     """Real engines on the virtual clock: every piece of work takes the same time of it."""
 
     def __init__(self, cost_s: float) -> None:
@@ -101,7 +57,7 @@ class World:
         reachable: Callable[[int], bool] = lambda _: True,
     ) -> None:
         self.target = target
-        self.compute = compute or VirtualCompute()
+        self.compute = compute or SimCompute()
         self._cloud_drafter, self._linger_s, self._token = cloud_drafter, linger_s, token
         self._links: Iterator[Pair] = chain(links, repeat(CLEAN))
         self._reachable = reachable
@@ -177,7 +133,7 @@ class World:
         self, drafter: Drafter | None = None, target: Engine | None = None, **options: Any
     ) -> DrafterNode:
         options = {"token": self._token} | options
-        return DrafterNode(self.dial, VirtualCompute(), drafter=drafter, target=target, **options)
+        return DrafterNode(self.dial, SimCompute(), drafter=drafter, target=target, **options)
 
 
 def _after_first_send(channel: MemoryChannel, faults: Faults) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from node_harness import Moody, Watch, World, alone, check, emulated, emulated_drafter, run
+from node_harness import Moody, Watch, World, alone, check, emulated, emulated_drafter
 from tiny_models import VOCAB, engine_of, tiny_drafter, write_tiny_llama
 
 from dsdlab.decoding import Sampling
@@ -15,6 +15,7 @@ from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLoo
 from dsdlab.models.weights_io import LlamaWeights, load_llama_dir
 from dsdlab.nodes import MODES, DrafterNode, GenerationRecord, GenerationRequest
 from dsdlab.nodes.step import judge
+from dsdlab.sim.loop import run
 
 GREEDY = Sampling()
 COUPLED = Sampling(0.9, 0, 0.95, 42)

@@ -20,12 +20,10 @@ from node_harness import (
     emulated,
     emulated_drafter,
     open_frame,
-    run,
 )
 from tiny_models import VOCAB, engine_of, write_tiny_llama
 
 from dsdlab.decoding import Sampling
-from dsdlab.models.compute import VirtualCompute
 from dsdlab.models.drafters import Drafter, ModelDrafter, PromptLookup
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.models.weights_io import load_llama_dir
@@ -41,6 +39,8 @@ from dsdlab.protocol.frames import (
     unpack_ids,
 )
 from dsdlab.protocol.memory import Faults
+from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.loop import run
 
 NETWORKED = ("cloud-ar", "cloud-sd", "dsd-sync")
 PROMPT = [5, 3, 9, 5, 3, 9, 5]
@@ -62,7 +62,7 @@ class Slow:
     """A target on the virtual clock: each forward takes 40 ms of it."""
 
     def __init__(self, alpha: float = 1.0, base_s: float = 0.04, **options: int) -> None:
-        self.compute = VirtualCompute()
+        self.compute = SimCompute()
         profile = EmulatedProfile(base_s=base_s, alpha=alpha)
         self.engine = EmulatedEngine(profile, wait=self.compute.spend, **options)
 
@@ -83,7 +83,7 @@ def test_a_connection_lost_at_every_frame(mode: str, direction: str) -> None:
             link = drop(after_up=k) if direction == "up" else drop(after_down=k)
             world = World(
                 slow.engine,
-                compute=VirtualCompute(),
+                compute=SimCompute(),
                 links=[link],
                 cloud_drafter=emulated_drafter(0.7),
                 linger_s=3.0,
@@ -350,7 +350,7 @@ def test_a_commit_is_taken_once_however_it_overlaps() -> None:
             return client
 
         serving = asyncio.create_task(verifier())
-        node = DrafterNode(dial, VirtualCompute(), drafter=PromptLookup())
+        node = DrafterNode(dial, SimCompute(), drafter=PromptLookup())
         watch = Watch()
         record = await node.generate(request_for("dsd-sync", n=5), watch)
         check(record, (ids, "length"), watch)
@@ -383,9 +383,7 @@ def test_a_verdict_for_more_than_was_drafted_is_refused() -> None:
 
         serving = asyncio.create_task(verifier())
         with pytest.raises(ProtocolError, match="drafted ids accepted"):
-            await DrafterNode(dial, VirtualCompute(), drafter=PromptLookup()).generate(
-                request_for("dsd-sync")
-            )
+            await DrafterNode(dial, SimCompute(), drafter=PromptLookup()).generate(request_for("dsd-sync"))
         await serving
 
     run(main())
@@ -456,7 +454,7 @@ def one_random_run(seed: int) -> None:
     )
 
     async def main() -> None:
-        compute = VirtualCompute()
+        compute = SimCompute()
         profile = EmulatedProfile(base_s=rng.choice([0.0, 0.01, 0.1]), vocab_size=vocab)
         target = EmulatedEngine(profile, slots=2, wait=compute.spend)
         target.info = type(target.info)(

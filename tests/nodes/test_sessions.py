@@ -19,14 +19,13 @@ from node_harness import (
     emulated,
     emulated_drafter,
     open_frame,
-    run,
 )
 
 from dsdlab.decoding import Sampling
-from dsdlab.models.compute import ThreadCompute, VirtualCompute
+from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
-from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest
+from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRecord, GenerationRequest
 from dsdlab.policies import PolicyError
 from dsdlab.protocol import Refused
 from dsdlab.protocol.frames import (
@@ -42,6 +41,8 @@ from dsdlab.protocol.frames import (
     unpack_ids,
 )
 from dsdlab.protocol.memory import Faults
+from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.loop import run
 
 PROMPT = [5, 3, 9, 5, 3, 9, 5]
 N = len(PROMPT)
@@ -590,7 +591,7 @@ def test_times_on_the_virtual_clock_are_what_the_parts_cost() -> None:
     """RTT 80 ms, 5 ms a draft, 40 ms a verification: a round of full acceptance takes 140 ms, exactly."""
 
     async def main() -> None:
-        cloud, edge = VirtualCompute(), VirtualCompute()
+        cloud, edge = SimCompute(), SimCompute()
         target = EmulatedEngine(EmulatedProfile(base_s=0.04), wait=cloud.spend)
         drafter = EmulatedEngine(EmulatedProfile(base_s=0.005), wait=edge.spend)
         link = Faults(delay_s=0.04)
@@ -612,6 +613,29 @@ def test_times_on_the_virtual_clock_are_what_the_parts_cost() -> None:
     run(main())
 
 
+def test_ten_minutes_pass_in_well_under_a_second() -> None:
+    """A second a round, nearly, for over ten minutes of the loop's clock, every token the target's."""
+    request = request_for("dsd-sync", n=2000)
+
+    async def main() -> tuple[GenerationRecord, Watch, float]:
+        cloud, edge = SimCompute(), SimCompute()
+        target = EmulatedEngine(EmulatedProfile(base_s=0.2), max_context=2048, wait=cloud.spend)
+        drafter = EmulatedEngine(EmulatedProfile(base_s=0.05, alpha=0.6), wait=edge.spend)
+        link = Faults(delay_s=0.2)
+        world = World(target, compute=cloud, links=[(link, link)])
+        watch = Watch()
+        record = await DrafterNode(world.dial, edge, drafter=ModelDrafter(drafter)).generate(request, watch)
+        return record, watch, asyncio.get_running_loop().time()
+
+    begun = time.process_time()
+    record, watch, seconds = run(main())
+    spent_s = time.process_time() - begun
+    check(record, alone(EmulatedEngine(EmulatedProfile()), request), watch)
+    assert seconds == pytest.approx(0.8 * (len(record.windows) - 1) + 1.0, rel=0.001)
+    assert seconds > 600
+    assert spent_s < 1.0
+
+
 def test_compute_runs_one_piece_at_a_time_in_order() -> None:
     async def main(compute: Any, work: Any) -> list[int]:
         done: list[int] = []
@@ -630,7 +654,7 @@ def test_compute_runs_one_piece_at_a_time_in_order() -> None:
         assert (await compute.run(lambda: 5))[0] == 5
         return done
 
-    virtual = VirtualCompute()
+    virtual = SimCompute()
     assert run(main(virtual, lambda: virtual.spend(0.25))) == list(range(8))
     threaded = ThreadCompute()
     assert asyncio.run(main(threaded, lambda: time.sleep(0.003))) == list(range(8))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 import time
 from collections.abc import Callable
 from typing import Any
@@ -22,29 +21,9 @@ from dsdlab.protocol import (
     memory_pair,
     pack_ids,
 )
+from dsdlab.sim import loop as virtual
 
 Run = Callable[[Any], Any]
-
-
-class VirtualSelector(selectors.DefaultSelector):
-    """Never sleeps: waiting moves the clock instead."""
-
-    now_s = 0.0
-
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("deadlock: nothing is scheduled")
-        self.now_s += max(timeout, 0.0)
-        return super().select(0)
-
-
-class VirtualLoop(asyncio.SelectorEventLoop):
-    def __init__(self) -> None:
-        self.virtual = VirtualSelector()
-        super().__init__(self.virtual)
-
-    def time(self) -> float:
-        return self.virtual.now_s
 
 
 async def drain(channel: Channel) -> list[AnyFrame]:
@@ -201,8 +180,7 @@ def test_delay_on_a_virtual_clock() -> None:
         assert loop.time() - begin_s == pytest.approx(100.0)
 
     begin_s = time.monotonic()
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
+    virtual.run(main())
     assert time.monotonic() - begin_s < 5
 
 
@@ -224,8 +202,7 @@ def test_arrival_schedule_is_kept_in_order() -> None:
         assert await server.recv() == Close(1)
         assert loop.time() == pytest.approx(5.0)
 
-    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
-        runner.run(main())
+    virtual.run(main())
     assert [n for _, n in calls] == [len(encode(Ping(1, 0.0))), len(encode(Close(1)))]
 
 
