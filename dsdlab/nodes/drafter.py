@@ -71,6 +71,10 @@ class GenerationFailed(Exception):
 class _Generation:
     """One generation under way."""
 
+    __slots__ = (
+        "epoch", "gaps", "on_commit", "opened", "record", "reopened", "request", "session", "start_s", "text",
+    )  # fmt: skip
+
     def __init__(
         self, request: GenerationRequest, session: int, text: Text, start_s: float, on_commit: OnCommit | None
     ) -> None:
@@ -113,6 +117,11 @@ class DrafterNode:
     patience_s: how long to look for a verifier that went away before giving up.
     """
 
+    __slots__ = (
+        "_channel", "_compute", "_dial", "_drafter", "_goodbye", "_last_session", "_node_id", "_nonces",
+        "_patience_s", "_target", "_target_name", "_token", "_tokenizer", "rtt_s", "welcome",
+    )  # fmt: skip
+
     def __init__(
         self,
         dial: Dial,
@@ -135,7 +144,7 @@ class DrafterNode:
         self._last_session = 0
         self._nonces = count()  # never used again: a late Pong must not pass for a new one's
         self.welcome: Welcome | None = None
-        self.rtt_s: float | None = None  # of the last ping; places one-way flights on the timeline
+        self.rtt_s: float | None = None  # of the handshake or the last ping; places flights on the timeline
 
     # connection ----------------------------------------------------------------------------------
 
@@ -152,6 +161,7 @@ class DrafterNode:
                 t_s=asyncio.get_running_loop().time(),
             )
             self.welcome = await client_handshake(channel, hello)
+            self.rtt_s = asyncio.get_running_loop().time() - hello.t_s
             self._channel = channel
         return self._channel
 

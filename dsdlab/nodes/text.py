@@ -33,7 +33,7 @@ class Text:
         self.n_prompt = len(self.ids)
         self.sampling = sampling
         self.max_new_tokens = max_new_tokens
-        self.eos_ids = frozenset(eos_ids)
+        self.eos_ids = tuple(eos_ids)  # seldom more than two; a set would take more room than the text
         self.finish: str | None = None
         if committed:
             self.append(committed)

@@ -7,7 +7,6 @@ WebSocket's framing (RFC 6455 section 5.2) and the headers of its TCP segments.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.codec import decode, encode
@@ -58,7 +57,9 @@ class SimChannel(Channel):
         self._loop = loop
         self._send_s, self._receive_s = send_s, receive_s
         self._masked = False
-        self._inbox: deque[tuple[float, bytes]] = deque()  # (when it is had in s, bytes), in order
+        self._inbox: list[
+            tuple[float, bytes]
+        ] = []  # (when it is had in s, bytes), in order; seldom more than one
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._closed = ""  # why
@@ -89,7 +90,7 @@ class SimChannel(Channel):
             if inbox:
                 had_s = inbox[0][0]
                 if had_s <= loop.time() + CLOCK_RESOLUTION_S:
-                    data = inbox.popleft()[1]
+                    data = inbox.pop(0)[1]
                     frame = decode(data)
                     self.bytes_received[type(frame).__name__] += len(data)
                     return frame

@@ -33,6 +33,10 @@ class SimCompute:
     Raises ValueError, naming the field.
     """
 
+    __slots__ = (
+        "_begin_s", "_busy_until_s", "_free_s", "_hop_s", "_last", "_spent_s", "_stage_hop_s", "_stages",
+    )  # fmt: skip
+
     def __init__(self, *, hop_s: float = 0.0, stages: int = 1, stage_hop_s: float = 0.0) -> None:
         for name, value in (("hop_s", hop_s), ("stage_hop_s", stage_hop_s)):
             if not 0.0 <= value < math.inf:
