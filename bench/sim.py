@@ -292,7 +292,7 @@ repeats = 4
 
 
 def grid_s() -> float:
-    """Seconds that `dsdlab simulate` takes for 1,000 cells × 4 generations × 16 draws, report included."""
+    """Seconds that `dsdlab simulate` takes for 1,000 cells × 4 generations × 8 draws, report included."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "thousand.toml"
         path.write_text(GRID.format(rtts=[1 + 4 * k for k in range(50)]))
@@ -326,7 +326,7 @@ def main() -> int:
         print(f"{n} session{'s' * (n > 1)}, target 50 ms: {factor:,.0f} x real time")
     if not args.no_grid:
         results["grid_1000_s"] = took_s = grid_s()
-        print(f"dsdlab simulate, 1,000 cells × 4 generations × 16 draws: {took_s:.1f} s")
+        print(f"dsdlab simulate, 1,000 cells × 4 generations × 8 draws: {took_s:.1f} s")
     path = Path("results/bench/sim.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(results, indent=1))

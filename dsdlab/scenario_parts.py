@@ -172,7 +172,7 @@ class Simulate(Part):
     profile: str | None = None
     alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     persist: Annotated[float, Field(ge=1, le=1e6)] | None = None
-    draws: Annotated[int, Field(ge=1, le=10_000)] = 16
+    draws: Annotated[int, Field(ge=1, le=10_000)] = 8
 
 
 def check_acceptance(alpha: float | None, persist: float | None) -> None:

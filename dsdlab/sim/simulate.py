@@ -217,11 +217,12 @@ def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> Pred
         generations=[],
     )
     link = scenario.profile_of(cell)
+    different = draws if _random(pair, link, scenario.steps) else 1
     for job in jobs:
         request = request_of(scenario, cell, job.prompt_ids, job.sampling)
-        records = []
+        records: list[GenerationRecord] = []
         late = 0
-        for draw in range(draws):
+        for draw in range(different):
             seed = f"{scenario.run.seed}/{job.cell_id}/{job.rep}/{draw}"
             try:
                 records.append(
@@ -240,11 +241,22 @@ def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> Pred
             except ValueError as e:
                 out.error = str(e)
                 return out
+        records *= draws // different
+        late *= draws // different
         if late:
             out.error = f"{late} of {draws} draws not finished within {scenario.run.timeout_s:g} s"
         if records:
             out.generations.append(_generation(scenario, pair, job, records))
     return out
+
+
+def _random(pair: Pair, link: LinkProfile, steps: Sequence[LinkStep]) -> bool:
+    """Whether two draws can differ at all."""
+    models = (node for costs in (pair.edge, pair.cloud) for node in (costs.target, costs.drafter))
+    links = (link, *(profile for _, profile, _ in LinkStep.timeline(link, tuple(steps))))
+    return any(cost is not None and cost.residuals for cost in models) or any(
+        one.loss_pct or one.jitter_ms for one in links
+    )
 
 
 def _generation(
