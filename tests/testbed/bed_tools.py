@@ -12,6 +12,7 @@ import psutil
 
 T = TypeVar("T")
 HERE = Path(__file__).parent
+RESOURCE_TRACKER = "multiprocessing.resource_tracker"  # of an earlier test's process pool; it ends with us
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -31,8 +32,9 @@ def descendants_and_orphans(tag: str) -> list[str]:
     lines = []
     for process in found.values():
         try:
-            if process.status() != psutil.STATUS_ZOMBIE:
-                lines.append(f"{process.pid} {' '.join(process.cmdline())}")
+            command = " ".join(process.cmdline())
+            if process.status() != psutil.STATUS_ZOMBIE and RESOURCE_TRACKER not in command:
+                lines.append(f"{process.pid} {command}")
         except psutil.Error:
             continue
     return lines
