@@ -48,7 +48,6 @@ def refused(cwd: Path, *args: str) -> str:
         (('target = "emulated', 'target = "nothere'), "unknown model"),
         (('"dsd-sync"', '"dsd-psychic"'), "allowed: 'cloud-ar'"),
         (("[run]", "[link]\nreorder_pct = 1\n[run]"), "needs netem or netem-uml"),
-        (("[run]", "[[link.steps]]\nat_s = 1\npartition = true\n[run]"), "link.steps.0.partition is true"),
         (("[run]", "[[link.steps]]\nat_s = 1\n[run]"), "link.steps.0 changes nothing"),
         (("[run]", "[tcp]\ncongestion = ['bbr']\n[run]"), "needs runtime netns or docker"),
         (("[run]", "[nodes]\nedge_memory_mb = 512\n[run]"), "needs runtime docker"),
