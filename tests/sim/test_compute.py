@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dsdlab.models.compute import Timing
 from dsdlab.sim.compute import SimCompute
 from dsdlab.sim.costs import ForwardCost
-from dsdlab.sim.loop import run
+from dsdlab.sim.loop import Deadlock, run
 
 
 def spending(compute: SimCompute, duration_s: float) -> Callable[[], float]:
@@ -64,6 +64,33 @@ def test_stages_overlap_works_but_do_not_hasten_one() -> None:
     assert [t.queue_s for _, t in out] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
+def test_a_short_work_waits_in_every_stage_for_the_long_one_before_it() -> None:
+    """It begins when the first stage is free, and is then held up in each: 2 s a stage, then 0.5 s."""
+    out = served(SimCompute(stages=3, stage_hop_s=0.25), [(0.0, 6.0), (0.0, 1.5)])
+    assert [at for at, _ in out] == [6.5, 7.0]
+    assert [(t.queue_s, t.compute_s) for _, t in out] == [(0.0, 6.0), (2.0, 1.5)]
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 10), st.floats(0, 5)), min_size=1, max_size=12),
+    st.integers(2, 5),
+    st.floats(0, 1),
+)
+def test_stages_are_a_tandem_of_queues(
+    works: list[tuple[float, float]], stages: int, stage_hop_s: float
+) -> None:
+    works = sorted(works)
+    left_s = [0.0] * stages  # when the work before left each stage
+    out = served(SimCompute(stages=stages, stage_hop_s=stage_hop_s), works)
+    for (at_s, timing), (asked_s, takes_s) in zip(out, works, strict=True):
+        assert timing.queue_s == pytest.approx(max(left_s[0] - asked_s, 0.0), abs=1e-9)
+        arrives_s = asked_s
+        for stage in range(stages):
+            left_s[stage] = max(arrives_s, left_s[stage]) + takes_s / stages
+            arrives_s = left_s[stage] + stage_hop_s
+        assert at_s == pytest.approx(left_s[-1])
+
+
 def test_a_work_that_fails_takes_no_time_and_keeps_nobody() -> None:
     compute = SimCompute(hop_s=1.0)
 
@@ -95,6 +122,20 @@ def test_a_cancelled_work_is_still_done_first() -> None:
         return asyncio.get_running_loop().time(), timing.queue_s
 
     assert run(main()) == (11.0, 9.0)
+
+
+def test_a_cancelled_work_leaves_no_timer() -> None:
+    compute = SimCompute()
+
+    async def main() -> None:
+        work = asyncio.create_task(compute.run(spending(compute, 1000.0)))
+        await asyncio.sleep(1.0)
+        work.cancel()
+        await asyncio.wait([work])
+        await asyncio.get_running_loop().create_future()  # nothing is left that time could jump to
+
+    with pytest.raises(Deadlock, match="at 1 s"):
+        run(main())
 
 
 def test_a_meter_charges_every_forward_and_draws_residuals() -> None:

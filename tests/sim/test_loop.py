@@ -8,6 +8,7 @@ import gc
 import logging
 import math
 import selectors
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -15,7 +16,7 @@ from itertools import count
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dsdlab.sim.loop import Deadlock, Runaway, VirtualLoop, run
@@ -65,11 +66,6 @@ class StockLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.virtual.now_s
-
-
-@pytest.fixture
-def fair(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asyncio.events, "TimerHandle", _FairTimer)
 
 
 def on_stock(main: Coroutine[Any, Any, Any]) -> Any:
@@ -259,6 +255,26 @@ def test_of_any_timers_those_not_cancelled_fire_in_order(plan: list[tuple[float,
 
     run(main())
     assert fired == sorted(when for when, keep in plan if keep)
+
+
+@example([(30 + n % 7, n % 20) for n in range(400)])  # enough to be thrown out
+@given(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 25)), max_size=500))
+@settings(max_examples=50, deadline=None)
+def test_cancelled_timers_are_counted(plan: list[tuple[int, int]]) -> None:
+    """Those in the heap, and no others: neither fired ones nor those that were thrown out."""
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, VirtualLoop)
+        handles = [(loop.call_at(when, int), cancelled_s) for when, cancelled_s in plan]
+        for now_s in range(27):
+            for handle, cancelled_s in handles:
+                if cancelled_s == now_s:
+                    handle.cancel()
+                    assert loop._n_cancelled == sum(timer.cancelled() for _, _, timer in loop._timers)
+            await asyncio.sleep(1)
+
+    run(main())
 
 
 def test_a_timer_for_never_and_a_timer_for_no_time() -> None:
@@ -515,6 +531,24 @@ def test_other_threads_are_refused() -> None:
     assert errors == ["a VirtualLoop takes no calls from other threads", "own thread"]
 
 
+def test_handlers_and_factories_that_are_none() -> None:
+    loop = VirtualLoop()
+    with pytest.raises(TypeError, match="callable object or None is expected"):
+        loop.set_exception_handler(1)
+    with pytest.raises(TypeError, match="task factory must be a callable or None"):
+        loop.set_task_factory(1)
+    loop.close()
+
+
+def test_a_running_loop_is_not_closed() -> None:
+    async def main() -> None:
+        with pytest.raises(RuntimeError, match="Cannot close a running event loop"):
+            asyncio.get_running_loop().close()
+        await asyncio.sleep(1)
+
+    run(main())
+
+
 def test_loops_do_not_nest() -> None:
     async def main() -> None:
         other = VirtualLoop()
@@ -639,6 +673,23 @@ def test_a_runaway_stops_by_default() -> None:
     assert spin_forever().startswith("more than 1,002,000 callbacks while time stood still, at 3 s")
 
 
+def test_the_last_callback_allowed_runs() -> None:
+    def loop_of(limit: int) -> VirtualLoop:
+        loop = VirtualLoop(max_callbacks=limit)
+        for n in range(1, 10):
+            loop.call_later(n, int)
+        loop.call_later(10, loop.stop)
+        return loop
+
+    enough, short = loop_of(10), loop_of(9)
+    enough.run_forever()
+    assert enough.callbacks == 10
+    with pytest.raises(Runaway, match="more than 9 callbacks, at 10 s"):
+        short.run_forever()
+    enough.close()
+    short.close()
+
+
 def test_callbacks_alone_can_run_away() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -755,6 +806,38 @@ def test_run_raises_what_main_raises_and_still_cleans_up() -> None:
     assert ended == ["other"]
 
 
+@pytest.mark.parametrize("error", [None, ZeroDivisionError, KeyboardInterrupt])
+def test_run_leaves_nothing_behind(
+    error: type[BaseException] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The loop is closed, collecting and hooks are as they were; what was raised is not told twice."""
+    loops: list[asyncio.AbstractEventLoop] = []
+
+    async def main() -> None:
+        loops.append(asyncio.get_running_loop())
+        await asyncio.sleep(1)
+        if error is not None:
+            raise error
+
+    gc.collect()  # what other tests left
+    caplog.clear()
+    often = gc.get_threshold()
+    gc.set_threshold(701, 11, 12)
+    before = gc.get_threshold(), sys.get_asyncgen_hooks()
+    with caplog.at_level(logging.ERROR):
+        if error is None:
+            run(main())
+        else:
+            with pytest.raises(error):
+                run(main())
+        gc.collect()
+    assert loops[0].is_closed()
+    after = gc.get_threshold(), sys.get_asyncgen_hooks()
+    gc.set_threshold(*often)
+    assert after == before
+    assert caplog.text == ""
+
+
 # determinism -------------------------------------------------------------------------------------
 
 
@@ -792,7 +875,6 @@ def test_the_same_program_makes_the_same_log() -> None:
 def test_the_loop_is_light() -> None:
     """Importing it brings in neither torch nor numpy."""
     import subprocess
-    import sys
 
     code = (
         "import sys, dsdlab.sim.loop, dsdlab.sim.compute;"
