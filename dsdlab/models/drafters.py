@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
 from dsdlab.decoding import Sampling
@@ -13,6 +13,8 @@ from dsdlab.models.zoo import DRAFTERS
 
 LOOKUP = "prompt-lookup"
 LOOKUP_FIRST = "lookup+"
+
+GoesOn = Callable[[Sequence[float]], bool]
 
 
 class Drafter(ABC):
@@ -32,10 +34,21 @@ class Drafter(ABC):
         """End a session; closing twice is harmless."""
 
     @abstractmethod
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
-        """At most n tokens to follow `ids`, the session's whole text so far (prompt and committed).
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,
+    ) -> list[int]:
+        """At most n tokens to follow ids + tail.
 
-        What an earlier call proposed and `ids` does not confirm is forgotten here.
+        ids: the session's whole text so far (prompt and committed). tail: what was drafted after it and is
+        not judged yet. What an earlier call proposed and neither confirms is forgotten here.
+        goes_on: asked after each token but the n-th with the confidences of all so far (see
+        `WindowPolicy.goes_on`); False ends the window.
         Fewer than n tokens (even none) mean that the drafter has no better idea.
         """
 

@@ -22,6 +22,7 @@ MAX_FRAME_BYTES = 1 << 20
 MAX_WINDOW = 256  # ids in one Draft
 MAX_POSITION = (1 << 20) - 1
 MAX_MESSAGE_CHARS = 1000
+HOLD_FOREVER_US = 0xFFFFFFFF
 
 SessionId: TypeAlias = Annotated[int, Meta(ge=1, le=0xFFFF)]  # 0 means the connection, in Error alone
 Epoch: TypeAlias = Annotated[int, Meta(ge=0, le=0xFFFF)]
@@ -160,11 +161,14 @@ class Commit(Frame, frozen=True, tag=7):
     session: SessionId
     base: Position
     ids: PackedIds
-    drafted: WindowCount  # tokens a drafter beside the target proposed for this step
+    drafted: (
+        WindowCount  # drafts that this step judged, streamed ones or those of a drafter beside the target
+    )
     accepted: WindowCount
     draft_us: Microseconds  # that drafter's compute time
     queue_us: Microseconds
     compute_us: Microseconds
+    beside: WindowCount = 0  # of `drafted`, the last so many came from a drafter beside the target
 
 
 class Close(Frame, frozen=True, tag=8):
@@ -192,7 +196,18 @@ class Pong(Frame, frozen=True, tag=11):
     t_s: float  # the answering side's clock
 
 
-AnyFrame = Hello | Welcome | Open | Resume | Draft | Verdict | Commit | Close | Error | Ping | Pong
+class Steer(Frame, frozen=True, tag=12):
+    """How the target is to go on in a streaming session: see `dsdlab.policies.Pace`."""
+
+    session: SessionId
+    number: Natural  # counts up within a session; a lower or equal one is late and changes nothing
+    drafting: bool
+    hold_us: Microseconds  # `HOLD_FOREVER_US`: never decode alone
+    max_window: Annotated[int, Meta(ge=1, le=MAX_WINDOW)]
+    beside: WindowCount
+
+
+AnyFrame = Hello | Welcome | Open | Resume | Draft | Verdict | Commit | Close | Error | Ping | Pong | Steer
 
 
 def refusal(code: str, message: str, *, session: int = 0, retry_after_ms: int = 0) -> Error:
