@@ -13,7 +13,7 @@ class GenerationRecord(msgspec.Struct):
     ttft_s: float = 0.0
     commits: list[tuple[float, int]] = msgspec.field(default_factory=list)  # (when, tokens)
     windows: list[tuple[int, int]] = msgspec.field(default_factory=list)  # (drafted, accepted)
-    t_draft_s: list[float] = msgspec.field(default_factory=list)  # per drafted window
+    t_draft_s: list[float] = msgspec.field(default_factory=list)  # per drafted window; streamed: per call
     t_verify_s: list[float] = msgspec.field(default_factory=list)  # per verification
     t_queue_s: list[float] = msgspec.field(default_factory=list)
     bytes_up: dict[str, int] = msgspec.field(default_factory=dict)
@@ -21,6 +21,20 @@ class GenerationRecord(msgspec.Struct):
     reconnects: int = 0
     stale_frames: int = 0
     events: list[tuple[str, float, float]] = msgspec.field(default_factory=list)
+    drafted: int = 0  # tokens that the edge drafted, judged or not
+    drafts_committed: int = 0  # of them, those that entered the text
+    beside_s: float = 0.0  # compute of a drafter beside the target
+    decisions: list[tuple[float, str]] = msgspec.field(default_factory=list)  # (when, what) was decided anew
+
+    @property
+    def wasted(self) -> int:
+        """Tokens that the edge drafted and that never entered the text."""
+        return self.drafted - self.drafts_committed
+
+    @property
+    def target_s(self) -> float:
+        """Seconds of the target for this generation, the prompt's included."""
+        return sum(self.t_verify_s)
 
     @property
     def tpot_s(self) -> float | None:

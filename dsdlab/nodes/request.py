@@ -58,7 +58,7 @@ class GenerationRequest:
             raise ValueError(f"beside is {self.beside}; allowed: 0 to {MAX_WINDOW}")
         if self.beside and not (self.mode == "dsd-adaptive" or (self.mode == "dsd-stream" and self.free_run)):
             raise ValueError(
-                f"beside is {self.beside} in mode {self.mode}; needs dsd-stream with free_run, or dsd-adaptive"
+                f"beside is {self.beside} in mode {self.mode}; needs dsd-stream with free_run or dsd-adaptive"
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; allowed: 1 or more")

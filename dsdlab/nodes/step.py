@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from dsdlab.decoding import Sampling, verify
 from dsdlab.models.base import Chunk, Engine, NoFreeSlot
 from dsdlab.models.compute import Compute, Timing
-from dsdlab.models.drafters import Drafter
+from dsdlab.models.drafters import Drafter, GoesOn
 from dsdlab.nodes.text import Text
 
 
@@ -59,6 +59,7 @@ class Step:
     accepted: int
     t_draft_s: float
     timing: Timing
+    beside: int = 0  # of `drafted`, how many a drafter beside the target added
 
 
 async def decode(
@@ -80,7 +81,7 @@ async def decode(
             want = 0 if first else min(gamma, text.room - 1)
             if drafter is not None and want > 0:
                 draft, t_draft_s = await propose(
-                    compute, drafter, draft_slot, text, want, engine.info.vocab_size
+                    compute, drafter, draft_slot, text.ids, want, text.sampling, engine.info.vocab_size
                 )
             (accepted, next_id), timing = await compute.run(
                 lambda: judge(engine, slot, text.ids, draft, text.sampling)  # noqa: B023 - awaited at once
@@ -88,17 +89,30 @@ async def decode(
             base = len(text)
             kept = text.append([*draft[:accepted], next_id])
             first = False
-            yield Step(base, kept, len(draft), accepted, t_draft_s, timing)
+            yield Step(base, kept, len(draft), accepted, t_draft_s, timing, len(draft))
 
 
 async def propose(
-    compute: Compute, drafter: Drafter, slot: int, text: Text, n: int, vocab_size: int
+    compute: Compute,
+    drafter: Drafter,
+    slot: int,
+    ids: Sequence[int],
+    n: int,
+    sampling: Sampling,
+    vocab_size: int,
+    tail: Sequence[int] = (),
+    goes_on: GoesOn | None = None,
 ) -> tuple[list[int], float]:
-    """A window of at most n tokens and the seconds it took to draft.
+    """At most n tokens to follow ids + tail, and the seconds it took to draft them.
 
-    vocab_size: the target's; a drafter padded to a larger one may say what the target cannot.
+    vocab_size: the target's; a drafter padded to a larger one may say what the target cannot. The rest is as
+    `Drafter.propose` has it. `ids` must not change before this returns: a thread reads it.
     """
-    draft, timing = await compute.run(lambda: drafter.propose(slot, text.ids, n, text.sampling))
+    draft, timing = await compute.run(
+        (lambda: drafter.propose(slot, ids, n, sampling, tail, goes_on))
+        if tail or goes_on
+        else (lambda: drafter.propose(slot, ids, n, sampling))
+    )
     if draft and max(draft) >= vocab_size:
         draft = draft[: next(i for i, token in enumerate(draft) if token >= vocab_size)]
     return draft, timing.compute_s

@@ -11,16 +11,20 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from contextlib import aclosing, suppress
+from collections.abc import Sequence
+from contextlib import AsyncExitStack, aclosing, suppress
 
 import msgspec
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import ContextFull, Engine, NoFreeSlot
-from dsdlab.models.compute import Compute
+from dsdlab.models.compute import Compute, Timing
 from dsdlab.models.drafters import Drafter
 from dsdlab.nodes.mailbox import Mailbox
-from dsdlab.nodes.step import decode, judge, slot_of
+from dsdlab.nodes.request import MAX_RUN_AHEAD
+from dsdlab.nodes.slack import Slack
+from dsdlab.nodes.step import Step, decode, judge, propose, slot_of
+from dsdlab.nodes.target_stream import TargetStream
 from dsdlab.nodes.text import Text
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed, ProtocolError
@@ -34,6 +38,7 @@ from dsdlab.protocol.frames import (
     Ping,
     Pong,
     Resume,
+    Steer,
     Verdict,
     digest_ids,
     microseconds,
@@ -49,6 +54,7 @@ LINGER_S = 60.0
 BUSY_RETRY_MS = 250
 MAX_WAITING_DRAFTS = 64  # per session; a client that sends more has lost its way
 _REMEMBERED_CLOSES = 4096
+STREAM = "dsd-stream"
 
 SessionKey = tuple[str, int]  # (client's node id, session)
 
@@ -57,15 +63,19 @@ class _Session:
     """One session's state, kept across connections."""
 
     __slots__ = (
-        "channel", "drafts", "epoch", "key", "losses", "opened", "sending", "stale_frames", "task", "text",
+        "channel", "drafts", "epoch", "key", "losses", "opened", "sending", "stale_frames", "stream", "task",
+        "text",
     )  # fmt: skip
 
-    def __init__(self, key: SessionKey, opened: Open, text: Text, channel: Channel) -> None:
+    def __init__(
+        self, key: SessionKey, opened: Open, text: Text, channel: Channel, stream: TargetStream | None
+    ) -> None:
         self.key = key
         self.opened = opened
         self.text = text
         self.channel: Channel | None = channel
-        self.drafts: Mailbox[Draft] = Mailbox()
+        self.drafts: Mailbox[Draft] = Mailbox()  # `dsd-sync`
+        self.stream = stream  # `dsd-stream`
         self.sending = asyncio.Lock()
         self.task: asyncio.Task[None] | None = None
         self.epoch = 0
@@ -119,7 +129,8 @@ class VerifierNode:
         self._engine, self._compute, self._drafter = target, compute, drafter
         self._linger_s = linger_s
         info = target.info
-        self.modes = ("cloud-ar", "dsd-sync", *(("cloud-sd",) if drafter is not None else ()))
+        self._vocab_size = info.vocab_size
+        self.modes = ("cloud-ar", "dsd-sync", STREAM, *(("cloud-sd",) if drafter is not None else ()))
         self._policy = HandshakePolicy(
             node_id=new_node_id(),
             target=info.model_id,
@@ -131,6 +142,7 @@ class VerifierNode:
             modes=self.modes,
             token=token,
         )
+        self._slack = Slack()
         self._sessions: dict[SessionKey, _Session] = {}
         self._of_node: dict[str, dict[_Session, None]] = {}  # the same, by client
         self._closed: OrderedDict[SessionKey, None] = OrderedDict()
@@ -176,6 +188,10 @@ class VerifierNode:
                 self._remember_close(key)
                 if session := self._sessions.get(key):
                     await self._end(session)
+            case Steer():
+                session = self._sessions.get((node_id, frame.session))
+                if session is not None and session.stream is not None:
+                    session.stream.steer(frame)
             case Hello():
                 pass  # a duplicate: the handshake is over
             case _:
@@ -201,7 +217,8 @@ class VerifierNode:
             return
         if known is not None:
             await self._end(known)
-        session = _Session(key, frame, text, channel)
+        stream = TargetStream(self._slack) if frame.mode == STREAM else None
+        session = _Session(key, frame, text, channel, stream)
         self._sessions[key] = session
         self._of_node.setdefault(key[0], {})[session] = None
         session.task = asyncio.create_task(self._run(session), name=f"session {key}")
@@ -248,6 +265,9 @@ class VerifierNode:
 
     async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft) -> None:
         session = self._sessions.get(key)
+        if session is not None and session.stream is not None:
+            self._on_streamed(session, session.stream, frame)
+            return
         if session is None or session.opened.mode != "dsd-sync":
             if key not in self._closed:
                 await channel.send(refusal("unknown-session", "no session takes this draft", session=key[1]))
@@ -258,6 +278,18 @@ class VerifierNode:
         if len(session.drafts) >= MAX_WAITING_DRAFTS:
             raise ProtocolError("bad-frame", f"more than {MAX_WAITING_DRAFTS} drafts wait")
         session.drafts.put(frame)
+
+    def _on_streamed(self, session: _Session, stream: TargetStream, frame: Draft) -> None:
+        """Drafts of a streaming session: they wait for the target, or die here."""
+        ids = unpack_ids(frame.ids)
+        if ids and max(ids) >= self._vocab_size:
+            raise ProtocolError("bad-frame", "a drafted id is outside the vocabulary")
+        if frame.base > len(session.text) + MAX_RUN_AHEAD:
+            raise ProtocolError(
+                "bad-frame", f"draft at position {frame.base}, but the text ends at {len(session.text)}"
+            )
+        if session.text.finish is not None or not stream.receive(frame.epoch, frame.base, ids, session.text):
+            session.stale_frames += 1
 
     # running -------------------------------------------------------------------------------------
 
@@ -288,32 +320,81 @@ class VerifierNode:
             while session.drafts:  # sent after a reconnect, while the last window was judged
                 await self._send_lacking(session, session.drafts.take())
             return
+        if session.stream is not None:
+            await self._prefill(session, slot)
+            await self._stream(session, session.stream, slot)
+            return
         gamma = session.opened.gamma if mode == "cloud-sd" else 0
         steps = decode(text, self._engine, slot, self._compute, gamma, self._drafter)
-        async with aclosing(steps):
-            async for step in steps:
-                await session.send(
-                    Commit(
-                        session.number,
-                        step.base,
-                        pack_ids(step.ids),
-                        step.drafted,
-                        step.accepted,
-                        microseconds(step.t_draft_s),
-                        microseconds(step.timing.queue_s),
-                        microseconds(step.timing.compute_s),
-                    )
-                )
+        with self._slack.asked():
+            async with aclosing(steps):
+                async for step in steps:
+                    await self._commit(session, step)
+
+    async def _commit(self, session: _Session, step: Step) -> None:
+        """Send what a step decided."""
+        await session.send(
+            Commit(
+                session.number,
+                step.base,
+                pack_ids(step.ids),
+                step.drafted,
+                step.accepted,
+                microseconds(step.t_draft_s),
+                microseconds(step.timing.queue_s),
+                microseconds(step.timing.compute_s),
+                step.beside,
+            )
+        )
+
+    async def _judged(self, text: Text, slot: int, draft: Sequence[int]) -> tuple[tuple[int, int], Timing]:
+        """`judge`, for somebody who waits."""
+        with self._slack.asked():
+            return await self._compute.run(lambda: judge(self._engine, slot, text.ids, draft, text.sampling))
 
     async def _prefill(self, session: _Session, slot: int) -> None:
         text = session.text
-        (_, next_id), timing = await self._compute.run(
-            lambda: judge(self._engine, slot, text.ids, (), text.sampling)
-        )
+        (_, next_id), timing = await self._judged(text, slot, ())
         base = len(text)
         kept = text.append([next_id])
-        queue_us, compute_us = microseconds(timing.queue_s), microseconds(timing.compute_s)
-        await session.send(Commit(session.number, base, pack_ids(kept), 0, 0, 0, queue_us, compute_us))
+        await self._commit(session, Step(base, kept, 0, 0, 0.0, timing))
+
+    async def _stream(self, session: _Session, stream: TargetStream, slot: int) -> None:
+        """`dsd-stream`: judge what has come whenever the target is free, decode alone at the pace's word."""
+        text = session.text
+        async with AsyncExitStack() as stack:
+            beside_slot = -1
+            while text.finish is None:
+                window, asked = await stream.next_window(text)
+                with self._slack.asked() if asked else self._slack.ahead():
+                    n_streamed, t_beside_s = len(window), 0.0
+                    more = min(stream.pace.beside, text.room - 1) - n_streamed
+                    if self._drafter is not None and more > 0:
+                        if beside_slot < 0:
+                            beside_slot = await stack.enter_async_context(
+                                slot_of(self._compute, self._drafter)
+                            )
+                        added, t_beside_s = await propose(
+                            self._compute,
+                            self._drafter,
+                            beside_slot,
+                            text.ids,
+                            more,
+                            text.sampling,
+                            self._vocab_size,
+                            window,
+                        )
+                        window += added
+                    (accepted, next_id), timing = await self._compute.run(
+                        lambda: judge(self._engine, slot, text.ids, window, text.sampling)  # noqa: B023 - awaited at once
+                    )
+                base = len(text)
+                kept = text.append([*window[:accepted], next_id])
+                stream.chain.settle(text, base)
+                beside = len(window) - n_streamed
+                await self._commit(
+                    session, Step(base, kept, len(window), accepted, t_beside_s, timing, beside)
+                )
 
     async def _judge(self, session: _Session, slot: int, frame: Draft) -> None:
         """Verify one window. A window behind the text is answered with what its sender lacks."""
@@ -330,12 +411,10 @@ class VerifierNode:
             raise ProtocolError(
                 "unknown-session", f"draft at position {frame.base}, but the text ends at {len(text)}"
             )
-        if draft and max(draft) >= self._engine.info.vocab_size:
+        if draft and max(draft) >= self._vocab_size:
             raise ProtocolError("bad-frame", "a drafted id is outside the vocabulary")
         draft = draft[: text.room - 1]  # what lies behind the length limit needs no verdict
-        (accepted, next_id), timing = await self._compute.run(
-            lambda: judge(self._engine, slot, text.ids, draft, text.sampling)
-        )
+        (accepted, next_id), timing = await self._judged(text, slot, draft)
         text.append([*draft[:accepted], next_id])
         await session.send(
             Verdict(

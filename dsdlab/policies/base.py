@@ -62,13 +62,13 @@ class Decision(msgspec.Struct, frozen=True, gc=False):
     """What to draft next.
 
     gamma: tokens a window or frame; in `dsd-sync`, 0 lets the target decode alone for one token; where
-    drafts stream, 0 stops drafting. run_ahead: tokens drafted and not yet judged (streaming modes).
-    first: tokens in the first frame after a mismatch; 0: as many as `gamma`. pace: of the target; None: as
-    the request asks.
+    drafts stream, 0 stops drafting. run_ahead: tokens drafted and not yet judged (streaming modes); None: as
+    the request asks. first: tokens in the first frame after a mismatch; 0: as many as `gamma`. pace: of the
+    target; None: as the request asks.
     """
 
     gamma: int
-    run_ahead: int = RUN_AHEAD
+    run_ahead: int | None = None
     first: int = 0
     pace: Pace | None = None
 
@@ -77,9 +77,17 @@ class WindowPolicy(ABC):
     """One instance per generation. A stopping rule may depend on the prefix, never on a sampled value.
 
     stops: whether `goes_on` is to be asked; the drafter then reports confidences: a softmax a token.
+    ping_every_s: how often to measure the round trip during a streaming generation.
     """
 
     stops: bool = False
+    ping_every_s: float = math.inf
+
+    def begin(self, *, beside: int, rtt_s: float | None) -> None:  # noqa: B027 - of use to few
+        """Called once, before the first decision of a streaming generation.
+
+        beside: the largest window of a drafter beside the target; 0: there is none. rtt_s: as last measured.
+        """
 
     @abstractmethod
     def decide(self) -> Decision:
@@ -87,6 +95,13 @@ class WindowPolicy(ABC):
 
     def observe(self, outcome: Outcome) -> None:  # noqa: B027 - learning is optional
         """Learn from a step of the target."""
+
+    def observe_rtt(self, rtt_s: float) -> None:  # noqa: B027 - of use to few
+        """Learn from a round trip that was measured for `ping_every_s`."""
+
+    def describe(self, decision: Decision) -> str:
+        """A decision in words, for the report."""
+        return f"window {decision.gamma}"
 
     def goes_on(self, confidences: Sequence[float]) -> bool:  # noqa: ARG002 - for policies that stop
         """Whether to draft another token after those drafted so far in this window.

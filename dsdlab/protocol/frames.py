@@ -17,7 +17,7 @@ from msgspec import Meta
 
 from dsdlab.protocol.errors import BadIds, one_line
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 1 << 20
 MAX_WINDOW = 256  # ids in one Draft
 MAX_POSITION = (1 << 20) - 1
