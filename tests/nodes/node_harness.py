@@ -13,7 +13,7 @@ import numpy as np
 from dsdlab.decoding import Sampling, gumbel, log_softmax, warp
 from dsdlab.models.base import Chunk, Engine
 from dsdlab.models.compute import Compute, Timing
-from dsdlab.models.drafters import Drafter, ModelDrafter
+from dsdlab.models.drafters import Drafter, GoesOn, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
 from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError, Refused
@@ -298,7 +298,16 @@ class Moody(Drafter):
     def close(self, slot: int) -> None:
         self._inner.close(slot)
 
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
-        draft = self._inner.propose(slot, ids, n, sampling)
-        positions = range(len(ids), len(ids) + len(draft))
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,
+    ) -> list[int]:
+        draft = self._inner.propose(slot, ids, n, sampling, tail, goes_on)
+        at = len(ids) + len(tail)
+        positions = range(at, at + len(draft))
         return [(t + (p * 7 % 11 < 3)) % self._vocab_size for t, p in zip(draft, positions, strict=True)]
