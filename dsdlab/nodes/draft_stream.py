@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from itertools import count
 from typing import Any
@@ -37,6 +38,7 @@ from dsdlab.protocol.frames import (
 )
 
 MAX_VOCAB = 1 << 24
+BARS = 256  # that are remembered
 JOIN_S = 0.002  # drafting calls closer than this are one bar on the timeline
 SMOOTH = 0.2  # weight of the latest call in the mean time of a drafted token
 ADAPTIVE = "adaptive"
@@ -62,8 +64,8 @@ class DraftStream:
     """Drafting, sending and taking commits for one generation, over as many connections as it takes."""
 
     __slots__ = (
-        "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node", "_numbers", "_pace", "_pings",
-        "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size", "_waiter",
+        "_bars", "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node", "_numbers", "_pace",
+        "_pings", "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size", "_waiter",
     )  # fmt: skip
 
     def __init__(self, run: Generation, compute: Compute, drafter: Drafter, node: Dialer) -> None:
@@ -79,6 +81,9 @@ class DraftStream:
         self._pings: dict[int, float] = {}  # by nonce: when it left
         self._waiter: asyncio.Future[None] | None = None
         self._token_s = math.nan
+        self._bars: deque[tuple[float, float, int]] = deque(
+            maxlen=BARS
+        )  # drafting: from, to, place in events
         self._decision = self._policy.decide()
         self._pace = self._decision.pace or pace_of(run.request)
 
@@ -135,6 +140,7 @@ class DraftStream:
 
     def _commit(self, frame: Commit) -> None:
         run, node = self._run, self._node
+        now_s = asyncio.get_running_loop().time()
         new = run.take(frame, node.rtt_s or 0.0)
         if not new:
             return
@@ -163,8 +169,9 @@ class DraftStream:
                     frame.beside,
                     math.nan if node.rtt_s is None else node.rtt_s,
                     len(run.text),
-                    asyncio.get_running_loop().time(),
+                    now_s,
                     self._token_s,
+                    self._overlap_s(now_s - (node.rtt_s or 0.0) / 2, frame.compute_us / 1e6),
                 )
             )
         self._wake()
@@ -240,16 +247,24 @@ class DraftStream:
 
     def _bar(self, begun_s: float, ended_s: float) -> None:
         """Note drafting on the timeline; what follows at once lengthens the last bar."""
-        run = self._run
-        events = run.record.events
-        for at in range(len(events) - 1, max(len(events) - 5, -1), -1):
-            kind, first_s, last_s = events[at]
-            if kind == "draft":
-                if run.since(begun_s) - last_s < JOIN_S:
-                    events[at] = ("draft", first_s, run.since(ended_s))
-                    return
+        events, bars = self._run.record.events, self._bars
+        if bars and begun_s - bars[-1][1] < JOIN_S:
+            at, begun_s = bars[-1][2], bars[-1][0]
+            bars[-1] = (begun_s, ended_s, at)
+            events[at] = ("draft", self._run.since(begun_s), self._run.since(ended_s))
+            return
+        bars.append((begun_s, ended_s, len(events)))
+        self._run.event("draft", begun_s, ended_s)
+
+    def _overlap_s(self, ended_s: float, took_s: float) -> float:
+        """How long this node drafted during a step of the target that ended then."""
+        begun_s = ended_s - took_s
+        total_s = 0.0
+        for first_s, last_s, _ in reversed(self._bars):
+            if last_s <= begun_s:
                 break
-        run.event("draft", begun_s, ended_s)
+            total_s += max(min(last_s, ended_s) - max(first_s, begun_s), 0.0)
+        return total_s
 
     async def _send(self, channel: Channel, *, even_empty: bool = False) -> None:
         """Send what is drafted and not sent. even_empty: without a draft, ask for the next token alone."""

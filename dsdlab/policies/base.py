@@ -41,6 +41,7 @@ class Outcome(msgspec.Struct, frozen=True, gc=False):
     context: int = 0  # positions of the text
     now_s: float = math.nan  # on the node's clock
     t_token_s: float = math.nan  # to draft one token here, the latest that is known
+    overlap_s: float = 0.0  # of the step, while this node drafted: on one machine that slows the target
 
 
 class Pace(msgspec.Struct, frozen=True, gc=False):
