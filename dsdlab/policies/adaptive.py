@@ -21,6 +21,7 @@ WORTH = 0.99  # and one that drafts, in this share of the time without drafts, f
 UNLIKELY = 0.01  # drafts that come to be judged more seldom are not worth drafting
 QUIET_TOKENS = 64  # after so many without any draft, acceptance is looked at again
 PROBE_TOKENS = 8
+ALIKE = 1.4  # settings that differ by less stay as they are
 HOLD_SHARE, HOLD_MORE_S = 1.25, 0.010  # how much longer than expected a target waits for drafts
 FIRSTS = (1, 2, 3, 4, 6, 8, 12)
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
@@ -138,7 +139,7 @@ class AdaptiveController(WindowPolicy):
             row_s=line.slope_s,
             rtt_s=known.rtt_s,
             beside_s=known.token_s if math.isnan(beside_s) else beside_s,
-            run_ahead=4 * math.ceil(max(4.0, math.log(UNLIKELY) / math.log(alpha)) / 4),
+            run_ahead=max(4, math.ceil(math.log(UNLIKELY) / math.log(alpha))),
             window=_largest_window(alpha, line.slope_s / token_s),
         )
 
@@ -157,8 +158,10 @@ class AdaptiveController(WindowPolicy):
             best = present
         if present.first and not best.first:
             self._quiet_since = context
+        settings = settings_of(best, facts)
+        if best != present or not _alike(settings, self._decision):
+            self._decision = settings
         self._plan, self._cost_s = best, costs[best]
-        self._decision = settings_of(best, facts)
 
     def describe(self, decision: Decision) -> str:
         pace = decision.pace
@@ -197,8 +200,19 @@ def settings_of(plan: Plan, facts: Facts) -> Decision:
     hold_s = 0.0
     if plan.waits:
         hold_s = HOLD_SHARE * (facts.rtt_s + (plan.first + 1) * facts.token_s) + HOLD_MORE_S
-        hold_s = 0.005 * math.ceil(hold_s / 0.005)  # so that small changes are none
     return Decision(1, facts.run_ahead, plan.first, Pace(hold_s, facts.window, plan.beside))
+
+
+def _alike(new: Decision, old: Decision) -> bool:
+    """Whether two settings of one plan differ too little for the target to be told."""
+    if new.pace is None or old.pace is None or new.run_ahead is None or old.run_ahead is None:
+        return new == old
+    pairs = (
+        (new.run_ahead, old.run_ahead),
+        (new.pace.max_window, old.pace.max_window),
+        (new.pace.hold_s, old.pace.hold_s),
+    )
+    return all(a <= ALIKE * b and b <= ALIKE * a for a, b in pairs)
 
 
 def _largest_window(alpha: float, row_share: float) -> int:
