@@ -89,11 +89,11 @@ class Line:
         self._yx = self._yx * keep + t_s * x
         self._yo = self._yo * keep + t_s * o
         mean_y = sy / w
-        # centred sums; a prior counts like so many steps that are off the mean by one draft, or by a third
+        # centred sums; a prior counts like so many steps that are off the mean by one draft, or by a sixth
         # of a step's overlap
         a = self._xx - sx * sx / w + PRIOR_STEPS
         b = self._xo - sx * so / w
-        d = self._oo - so * so / w + PRIOR_STEPS * (mean_y / 3) ** 2
+        d = self._oo - so * so / w + PRIOR_STEPS * (mean_y / 6) ** 2
         p = self._yx - sx * mean_y + PRIOR_STEPS * self._row_s
         q = self._yo - so * mean_y
         det = a * d - b * b
