@@ -12,8 +12,10 @@ from typing import Any, get_args
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from dsdlab.decoding import Sampling
-from dsdlab.nodes.request import DRAFTING_MODES, MODES
+from dsdlab.nodes.request import MODES
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.scenario_fleet import Fleet, check_fleet
+from dsdlab.scenario_modes import check_ways, ways_of
 from dsdlab.scenario_parts import (
     LINKS,
     RUNTIMES,
@@ -54,11 +56,14 @@ class ScenarioError(Exception):
 
 
 class Cell(Part):
-    """One combination of the grid."""
+    """One combination of the grid. What does not concern the mode has its default, γ is 0."""
 
     mode: Mode
     policy: str
     gamma: int
+    run_ahead: int = RUN_AHEAD
+    free_run: bool = False
+    beside: int = 0
     rtt_ms: float
     rate_mbit: float | None  # None: unlimited
     loss_pct: float
@@ -103,6 +108,7 @@ class Scenario(Part):
     def _possible(self) -> Scenario:
         """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
         self._check_run()
+        check_ways(self.grid)
         check_fleet(self.fleet, self.grid, self.link, self.run)
         check_acceptance(self.simulate.alpha, self.simulate.persist)
         for index, step in enumerate(self.link.steps):
@@ -214,17 +220,16 @@ class Scenario(Part):
     def cells(self) -> list[Cell]:
         """Every cell once, in grid order."""
         g, t = self.grid, self.tcp
+        ways = ways_of(g)
         out: dict[Cell, None] = {}
         links = itertools.product(
             self.sampling.temperature, t.congestion, t.slow_start_after_idle, t.rto_min_ms, t.nodelay,
             g.loss_pct, g.loss_burst, g.rate_mbit, g.jitter_ms, g.rtt_ms,
         )  # fmt: skip
         for heat, congestion, slow_start, rto_min_ms, nodelay, loss, burst, rate, jitter, rtt in links:
-            for mode, policy, gamma in itertools.product(g.mode, g.policy, g.gamma):
+            for way in ways:
                 cell = Cell(
-                    mode=mode,
-                    policy=policy if mode == "dsd-sync" else "static",
-                    gamma=gamma if mode in DRAFTING_MODES else 0,
+                    **way._asdict(),
                     rtt_ms=rtt,
                     rate_mbit=mbit(rate),
                     loss_pct=loss,
@@ -241,9 +246,10 @@ class Scenario(Part):
 
     def cell_id(self, cell: Cell) -> str:
         """A content hash: the same work has the same id in every scenario that contains it."""
+        late = {"run_ahead", "free_run", "beside"}  # an id must not change where they are not used
         work = {
-            "cell": cell.model_dump(),
-            "models": self.models.model_dump(),
+            "cell": {k: v for k, v in cell if k not in late or v != Cell.model_fields[k].default},
+            "models": self.models.model_dump(exclude_none=True),
             "workload": self.workload.model_dump(),
             "top_k": self.sampling.top_k,
             "top_p": self.sampling.top_p,

@@ -10,6 +10,7 @@ from dsdlab.scenario_parts import Grid, LinkPart, Part, Run
 
 __all__ = ["ROUTINGS", "Fleet", "Routing", "check_fleet"]
 
+FLEET_MODES = ("cloud-ar", "cloud-sd", "dsd-sync")
 ROUTINGS = ("random", "round-robin", "jsq")
 Routing = Literal["random", "round-robin", "jsq"]
 
@@ -72,10 +73,10 @@ def check_fleet(fleet: Fleet | None, grid: Grid, link: LinkPart, run: Run) -> No
         raise ValueError(f"fleet.duration_s is missing; allowed: how long the fleet runs{more}")
     if fleet.warmup_s is not None and not (fleet.duration_s or 0.0) > fleet.warmup_s:
         raise ValueError(f"fleet.warmup_s is {fleet.warmup_s:g}; allowed: less than fleet.duration_s")
-    if "edge-sd" in grid.mode:
-        raise ValueError(
-            "grid.mode is 'edge-sd' with [fleet], and shares nothing; allowed: cloud-ar, cloud-sd, dsd-sync"
-        )
+    for mode in grid.mode:
+        if mode not in FLEET_MODES:
+            why = ", and shares nothing" if mode == "edge-sd" else ""
+            raise ValueError(f"grid.mode is {mode!r} with [fleet]{why}; allowed: {', '.join(FLEET_MODES)}")
     if link.reorder_pct:
         raise ValueError(f"link.reorder_pct is {link.reorder_pct:g} with [fleet]; allowed: 0")
     if link.steps:

@@ -7,7 +7,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from dsdlab.models.emulated import check_persist
-from dsdlab.policies import window_policy_names
+from dsdlab.nodes.request import MAX_RUN_AHEAD
+from dsdlab.policies import RUN_AHEAD, window_policy_names
 from dsdlab.protocol.frames import MAX_WINDOW
 from dsdlab.sim.profile import LinkStep
 
@@ -15,10 +16,12 @@ UNLIMITED = "unlimited"
 RUNTIMES = ("auto", "process", "netns", "docker")
 LINKS = ("auto", "modelled", "netem", "netem-uml", "wan")
 
-Mode = Literal["cloud-ar", "cloud-sd", "edge-sd", "dsd-sync"]
+Mode = Literal["cloud-ar", "cloud-sd", "edge-sd", "dsd-sync", "dsd-pipelined", "dsd-stream", "dsd-adaptive"]
 Runtime = Literal["auto", "process", "netns", "docker"]
 LinkName = Literal["auto", "modelled", "netem", "netem-uml", "wan"]
 
+Window = Annotated[int, Field(ge=0, le=MAX_WINDOW)]
+RunAhead = Annotated[int, Field(ge=1, le=MAX_RUN_AHEAD)]
 Rtt = Annotated[float, Field(ge=0, le=10_000)]
 Rate = Annotated[float, Field(ge=0.001, le=100_000)] | Literal["unlimited"]
 Loss = Annotated[float, Field(ge=0, le=50)]
@@ -51,10 +54,16 @@ class Axes(Part):
 
 
 class Models(Part):
-    """Which pair, and in which precision the target computes."""
+    """Which pair, and in which precision the target computes.
+
+    edge_target, edge_drafter: what edge nodes load instead, where they are not as fast as the cloud's. The
+    edge's target (`edge-sd`) must say what `target` says: every id is compared.
+    """
 
     target: str = "smollm2-135m-instruct"
     drafter: str = "lookup+smollm2-drafter"
+    edge_target: str | None = None
+    edge_drafter: str | None = None
     precision: Literal["bf16", "fp32", "int8"] = "bf16"
     max_context: Annotated[int, Field(ge=16, le=1 << 20)] = 2048
 
@@ -77,11 +86,21 @@ class SamplingPart(Part):
 
 
 class Grid(Axes):
-    """The axes; every combination is a cell. γ does not concern `cloud-ar`, nor a burst length no loss."""
+    """The axes; every combination is a cell. γ does not concern `cloud-ar`, nor a burst length no loss.
+
+    run_ahead: tokens drafted and not yet judged (`dsd-pipelined`, `dsd-stream`). free_run: whether the target
+    decodes alone while no draft waits (`dsd-stream`). beside: window of a drafter at the target that fills up
+    such steps (`dsd-stream` with free_run, `dsd-adaptive`); 0: none stands there.
+    """
 
     mode: Annotated[list[Mode], Field(min_length=1)] = ["cloud-ar", "cloud-sd", "dsd-sync"]
     policy: Annotated[list[str], Field(min_length=1)] = ["static"]
-    gamma: Annotated[list[Annotated[int, Field(ge=0, le=MAX_WINDOW)]], Field(min_length=1)] = [4]
+    gamma: Annotated[list[Window], Field(min_length=1)] = [4]
+    run_ahead: Annotated[list[Annotated[int, Field(ge=1, le=MAX_RUN_AHEAD)]], Field(min_length=1)] = [
+        RUN_AHEAD
+    ]
+    free_run: Annotated[list[bool], Field(min_length=1)] = [False]
+    beside: Annotated[list[Window], Field(min_length=1)] = [0]
     rtt_ms: Annotated[list[Rtt], Field(min_length=1)]
     rate_mbit: Annotated[list[Rate], Field(min_length=1)] = ["unlimited"]
     loss_pct: Annotated[list[Loss], Field(min_length=1)] = [0.0]
