@@ -17,7 +17,7 @@ from dsdlab.policies.estimates import Estimates
 from dsdlab.sim.theory_stream import stream_tpot_s
 
 SWITCH = 0.97  # another plan must promise a token in this share of the time
-WORTH = 0.99  # and one that drafts, in this share of the time without drafts, for drafts cost energy
+WORTH = 0.99  # one that drafts must go on promising so much against none that does, for drafts cost energy
 UNLIKELY = 0.01  # drafts that come to be judged more seldom are not worth drafting
 QUIET_TOKENS = 64  # after so many without any draft, acceptance is looked at again
 PROBE_TOKENS = 8
@@ -150,11 +150,12 @@ class AdaptiveController(WindowPolicy):
         drafting = min((p for p in costs if p.first), key=costs.__getitem__)
         if not present.first and context >= self._quiet_since + QUIET_TOKENS:
             self._probe_until = context + PROBE_TOKENS
-        if context < self._probe_until:
+        needed = WORTH if present.first else SWITCH  # more to begin with it than to go on
+        if context < self._probe_until or costs[drafting] < needed * costs[quiet]:
             best = drafting
         else:
-            best = drafting if costs[drafting] < WORTH * costs[quiet] else quiet
-        if costs[best] > SWITCH * costs[present] and context >= self._probe_until:
+            best = quiet
+        if bool(best.first) == bool(present.first) and costs[best] > SWITCH * costs[present]:
             best = present
         if present.first and not best.first:
             self._quiet_since = context
