@@ -86,16 +86,25 @@ class ModelDrafter(Drafter):
         self._held.pop(slot, None)
         self.engine.close(slot)
 
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
-        n = min(n, self.engine.info.max_context - len(ids))
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,
+    ) -> list[int]:
+        whole = [*ids, *tail] if tail else ids
+        n = min(n, self.engine.info.max_context - len(whole))
         self.by_model = (True,) * n  # none for n < 1
         if n <= 0:
             return []
         held = self._held[slot]
         # the last token is always computed again if need be: its logits are wanted
-        keep = min(common_prefix(held, ids), len(ids) - 1)
+        keep = min(common_prefix(held, whole), len(whole) - 1)
         self.engine.rollback(slot, keep)
-        feed = list(ids[keep:])
+        feed = list(whole[keep:])
         known = feed
         if max(feed) >= self._vocab_size:  # a target padded to a larger vocabulary: any stand-in will do
             known = [i if i < self._vocab_size else 0 for i in feed]
@@ -149,8 +158,16 @@ class PromptLookup(Drafter):
                 return at
         return len(ids)
 
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:  # noqa: ARG002 - lookup is blind to sampling
-        at = self.find(slot, ids, ())
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,  # noqa: ARG002 - lookup is blind to it
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,  # noqa: ARG002 - and has no confidence
+    ) -> list[int]:
+        at = self.find(slot, ids, tail)
         out = list(ids[at : at + n])
         self.by_model = (False,) * len(out)
         return out
@@ -176,16 +193,24 @@ class LookupFirst(Drafter):
             self._lookup.close(self._slots.pop(slot))
         self.model.close(slot)
 
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,
+    ) -> list[int]:
         out: list[int] = []
         by_model: list[bool] = []
         while len(out) < n:
-            at = self._lookup.find(self._slots[slot], ids, out)
+            at = self._lookup.find(self._slots[slot], ids, [*tail, *out])
             if at < len(ids):
                 out.append(ids[at])
                 by_model.append(False)
                 continue
-            more = self.model.propose(slot, [*ids, *out], 1, sampling)
+            more = self.model.propose(slot, ids, 1, sampling, [*tail, *out])
             if not more:
                 break
             out += more
