@@ -52,6 +52,29 @@ def _node_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _decoding(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that say how to decode; what they mean is for the node to judge."""
+    for option in reversed((
+        click.option("--mode", default="dsd-sync", show_default=True),
+        click.option("--policy", default="static", show_default=True, help="Window policy."),
+        click.option("--gamma", type=click.IntRange(0, 256), default=4, show_default=True, help="Window."),
+        click.option(
+            "--run-ahead", type=click.IntRange(1, 4096), default=32, show_default=True,
+            help="Drafts in flight (dsd-pipelined, dsd-stream).",
+        ),
+        click.option(
+            "--free-run/--no-free-run", default=False, show_default=True,
+            help="Let the target decode alone while no draft waits (dsd-stream).",
+        ),
+        click.option(
+            "--beside", type=click.IntRange(0, 256), default=0, show_default=True,
+            help="Window of a drafter at the target (dsd-stream with --free-run, dsd-adaptive).",
+        ),
+    )):  # fmt: skip
+        command = option(command)
+    return command
+
+
 def _options(kw: dict[str, Any]) -> Any:
     from dsdlab.node_process import NodeOptions
 
@@ -111,8 +134,7 @@ def node_verifier(host: str, port: int, **kw: Any) -> None:
 @click.option("--edge-target", is_flag=True, help="Also load the target here (mode edge-sd).")
 @click.option("--prompt", help="Generate once from this text, then end.")
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="The same, from a UTF-8 file.")
-@click.option("--mode", default="dsd-sync", show_default=True)
-@click.option("--gamma", type=click.IntRange(0, 256), default=4, show_default=True, help="Window.")
+@_decoding
 @click.option("--max-new-tokens", type=int, default=128, show_default=True)
 @click.option("--temperature", type=float, default=0.0, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
@@ -221,8 +243,7 @@ def report(folder: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("prompt", required=False)
 @click.option("--prompt-file", type=click.Path(path_type=Path), help="The prompt, from a UTF-8 file.")
-@click.option("--mode", default="dsd-sync", show_default=True)
-@click.option("--gamma", type=click.IntRange(0, 256), default=4, show_default=True, help="Window.")
+@_decoding
 @click.option("--rtt-ms", type=float, default=0.0, show_default=True, help="Round trip of the modelled link.")
 @click.option("--rate-mbit", type=float, help="Rate of the modelled link; default: unlimited.")
 @click.option("--loss-pct", type=float, default=0.0, show_default=True)

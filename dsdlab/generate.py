@@ -14,6 +14,8 @@ from dsdlab.models.loading import load_tokenizer
 from dsdlab.models.tokenizer import Tokenizer
 from dsdlab.node_process import NodeOptions, drafter_node
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest
+from dsdlab.nodes.request import POLICY_MODES, STREAMING_MODES, WINDOW_MODES
+from dsdlab.policies import RUN_AHEAD, load_window_policy
 from dsdlab.sweep.workload import Prompt, encode_prompt
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -58,7 +60,7 @@ async def stream_to_terminal(
 async def show_generation(
     node: DrafterNode, tokenizer: Tokenizer | None, prompt: str, choice: dict[str, Any]
 ) -> GenerationRecord:
-    """Generate with `choice` (mode, policy, gamma, temperature, seed, max_new_tokens) and print it."""
+    """Generate with `choice` (fields of GenerationRequest, and temperature and seed) and print it."""
     request = request_of(encode_prompt(Prompt("prompt", prompt), tokenizer), choice)
     await node.ping(3)
     record = await node.generate(request, TerminalText(tokenizer))
@@ -70,14 +72,20 @@ async def show_generation(
 def request_of(prompt_ids: Sequence[int], choice: dict[str, Any]) -> GenerationRequest:
     """A request from a command's options. Raises ModelError naming the option that is out of range."""
     try:
-        return GenerationRequest(
+        request = GenerationRequest(
             prompt_ids=prompt_ids,
             mode=choice["mode"],
             policy=choice.get("policy", "static"),
             gamma=choice["gamma"],
+            run_ahead=choice.get("run_ahead", RUN_AHEAD),
+            free_run=choice.get("free_run", False),
+            beside=choice.get("beside", 0),
             sampling=Sampling(temperature=choice["temperature"], seed=choice["seed"]),
             max_new_tokens=choice["max_new_tokens"],
         )
+        if request.mode in POLICY_MODES:
+            load_window_policy(request.policy, request.gamma)
+        return request
     except ValueError as e:
         raise ModelError(str(e)) from None
 
@@ -88,7 +96,14 @@ def summary(record: GenerationRecord, request: GenerationRequest) -> str:
     if (tpot_s := record.tpot_s) is not None:
         parts.append(f"TPOT {1e3 * tpot_s:.1f} ms")
     if (alpha := record.alpha) is not None and (tau := record.tau) is not None:
-        parts.append(f"α {alpha:.2f}, {tau:.2f} tokens a window (γ = {request.gamma})")
+        window = f" (γ = {request.gamma})" if request.mode in WINDOW_MODES else ""
+        parts.append(f"α {alpha:.2f}, {tau:.2f} tokens a window{window}")
+    if record.ids and request.mode in STREAMING_MODES:
+        each_ms = 1e3 * record.target_s / len(record.ids)
+        parts.append(f"{record.wasted} of {record.drafted} drafts wasted")
+        parts.append(f"{each_ms:.1f} ms of the target a token")
+    if record.decisions:
+        parts.append(f"{len(record.decisions)} decisions, the last: {record.decisions[-1][1]}")
     up, down = sum(record.bytes_up.values()), sum(record.bytes_down.values())
     if up or down:
         parts.append(f"{up} bytes up, {down} down")

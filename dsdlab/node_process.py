@@ -29,6 +29,7 @@ from dsdlab.models.drafters import Drafter, load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
 from dsdlab.models.measures import CalibrationFailed
 from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest, VerifierNode
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.probe import ProbeError, Reflector, measure
 from dsdlab.protocol import (
     Channel,
@@ -321,6 +322,9 @@ def request_from(message: dict[str, Any]) -> GenerationRequest:
         mode=message["mode"],
         policy=message.get("policy", "static"),
         gamma=int(message.get("gamma", 0)),
+        run_ahead=int(message.get("run_ahead", RUN_AHEAD)),
+        free_run=bool(message.get("free_run", False)),
+        beside=int(message.get("beside", 0)),
         sampling=Sampling(**message.get("sampling", {})),
         max_new_tokens=int(message["max_new_tokens"]),
         stop_at_eos=bool(message.get("stop_at_eos", True)),

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from dsdlab.models.loading import load_tokenizer
+from dsdlab.nodes.request import POLICY_MODES
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.scenario import Cell, Scenario, ScenarioError, load_scenario
 from dsdlab.sim.profile import LinkStep
 from dsdlab.sweep.plan import Job, content_digest, estimate_s, plan_jobs
@@ -84,6 +86,14 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         "loss %": lambda c: f"{c.loss_pct:g}",
         "temperature": lambda c: f"{c.temperature:g}",
     }
+    if any(c.mode in POLICY_MODES and c.policy != "static" for c in cells):
+        axes["policy"] = lambda c: c.policy if c.mode in POLICY_MODES else "–"
+    if any(c.run_ahead != RUN_AHEAD for c in cells):
+        axes["run-ahead"] = lambda c: str(c.run_ahead)
+    if any(c.free_run for c in cells):
+        axes["free run"] = lambda c: "yes" if c.free_run else "–"
+    if any(c.beside for c in cells):
+        axes["beside"] = lambda c: str(c.beside or "–")
     if any(c.loss_burst != 1.0 for c in cells):
         axes["burst"] = lambda c: f"{c.loss_burst:g}"
     if any(c.jitter_ms for c in cells):
@@ -94,7 +104,7 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         del axes["rate Mbit/s"], axes["loss %"]
     table = Table(title=f"{scenario.name}: {len(cells)} cells × {scenario.run.repeats} repeats")
     for name in axes:
-        table.add_column(name, justify="left" if name in ("cell", "mode", "TCP") else "right")
+        table.add_column(name, justify="left" if name in ("cell", "mode", "policy", "TCP") else "right")
     for cell in cells:
         table.add_row(*(show(cell) for show in axes.values()))
     console.print(table)

@@ -25,7 +25,8 @@ class PredictionError(ValueError):
 
 
 class PredictedGeneration(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One generation of the plan: its windows are the same in every draw, its times are not.
+    """One generation of the plan: its windows are the same in every draw, its times are not. In modes whose
+    windows follow from times, they and what is counted of drafts are the first draw's.
 
     tpot_ms, ttft_ms: one value a draw (of losses, jitter and the compute's residuals).
     """
@@ -43,6 +44,10 @@ class PredictedGeneration(msgspec.Struct, kw_only=True, forbid_unknown_fields=Tr
     tau: float | None
     bytes_up: dict[str, int]
     bytes_down: dict[str, int]
+    drafted: int | None = None  # these as in GenerationRecord
+    wasted: int | None = None
+    target_s: float | None = None
+    beside_s: float = 0.0
 
 
 class PredictedCell(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):

@@ -27,6 +27,7 @@ from dsdlab.protocol.frames import MAX_WINDOW
 
 NEGLIGIBLE = 1e-3  # the sum ends where a cycle lasts that long with no more than this probability
 MOST_STEPS = 200  # or after so many: α near 1, or a drafter that never catches up
+FIRST_FRAMES = (1, 2, 3, 4, 6, 8, 12)
 LEAST_S = 1e-9  # for a draft that costs nothing
 
 
@@ -136,3 +137,27 @@ def stream_tpot_s(
         if lasts < NEGLIGIBLE:
             break
     return total_s / tokens
+
+
+def best_stream_tpot_s(
+    alpha: float,
+    t_d_s: float,
+    t_v0_s: float,
+    t_row_s: float,
+    rtt_s: float,
+    beside: int = 0,
+    t_beside_s: float = 0.0,
+) -> float:
+    """The least TPOT that any setting of a streaming session reaches, s per token.
+
+    The settings: the target alone; drafts that it waits for, the first of them in a larger frame; a free run;
+    with a drafter beside the target (`beside`: its largest window) that one too, alone and under a free run.
+    """
+    costs = (alpha, t_d_s, t_v0_s, t_row_s, rtt_s)
+    found = [t_v0_s, stream_tpot_s(*costs, hold_s=0.0)]
+    found += [stream_tpot_s(*costs, first=first) for first in FIRST_FRAMES]
+    for window in range(1, beside + 1):
+        expected = sum(alpha**i for i in range(window + 1))
+        found.append((t_v0_s + window * (t_row_s + t_beside_s)) / expected)
+        found.append(stream_tpot_s(*costs, hold_s=0.0, beside=window, t_beside_s=t_beside_s))
+    return min(found)

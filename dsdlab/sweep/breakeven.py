@@ -67,13 +67,23 @@ def tpot_by_cell(rows: Sequence[Row]) -> dict[tuple[Variant, Condition, float], 
     return cells
 
 
-def baseline_for(variant: Variant, mode: str, variants: Sequence[Variant]) -> Variant | None:
-    """The baseline of that mode: the one with the variant's own window where there is one."""
-    candidates = [v for v in variants if v.mode == mode]
+def baseline_for(
+    variant: Variant, mode: str, variants: Sequence[Variant], tpots: Tpots | None = None
+) -> Variant | None:
+    """The baseline of that mode: the one with the variant's own window where there is one.
+
+    Else the one with the least median TPOT in `tpots`; without those, the first.
+    """
+    candidates = sorted((v for v in variants if v.mode == mode), key=lambda v: v.order)
     for candidate in candidates:
         if (candidate.gamma, candidate.policy) == (variant.gamma, variant.policy):
             return candidate
-    return min(candidates, key=lambda v: v.order, default=None)
+
+    def typical_ms(candidate: Variant) -> float:
+        found = [t for key, pairs in (tpots or {}).items() if key[0] == candidate for t in pairs.values()]
+        return float(np.median(found)) if found else np.inf
+
+    return min(candidates, key=typical_ms, default=None)
 
 
 def paired_ratios(mine: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> dict[Pair, float]:

@@ -12,14 +12,18 @@ from typing import TypeVar
 
 import numpy as np
 
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.sim import theory
 from dsdlab.sim.profile import HEADER_BYTES
+from dsdlab.sim.theory_stream import best_stream_tpot_s, stream_tpot_s
 from dsdlab.sweep.keys import Condition, Variant, condition_of, variant_of
 from dsdlab.sweep.rows import Row
 
 T = TypeVar("T")
 
 LOOP_FRAMES = ("draft", "verdict", "commit")  # the frames of the steady state
+LONGEST_RTT_S = 10.0  # up to which a break-even is looked for
+HALVINGS = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +32,9 @@ class Inputs:
 
     t_draft_s: per drafted token; t_verify_s: per window, t_v(γ), or t_v(1) for `cloud-ar`; both are
     medians over generations of each generation's mean, the first window (it holds the prompt) left
-    out. alpha: accepted/tested over all windows. bytes_up, bytes_down: payload per window; headers come
-    on top where it is sent. NaN: not measurable.
+    out. t_v0_s, t_row_s: where drafts stream, the line t_v(k) = t_v0 + k t_row through all of its steps.
+    alpha: accepted/tested over all windows. bytes_up, bytes_down: payload per window; headers come on top
+    where it is sent. NaN: not measurable.
     """
 
     variant: Variant
@@ -41,16 +46,22 @@ class Inputs:
     bytes_up: float
     bytes_down: float
     generations: int
+    t_v0_s: float = float("nan")
+    t_row_s: float = float("nan")
 
     def expected_tau(self) -> float:
-        """E(γ) at the measured α; NaN where there is no window."""
+        """E(γ) at the measured α; NaN where there is no window of one length."""
         gamma = self.variant.gamma
+        if self.variant.mode in STREAMING_MODES:
+            return float("nan")
         if gamma == 0:
             return 1.0
         return float("nan") if np.isnan(self.alpha) else float(theory.expected_tokens(self.alpha, gamma))
 
     def tpot_ms(self, rtt_ms: Sequence[float], rate_mbit: float | None) -> list[float] | None:
         """The closed form at each RTT, ms per token (no loss term); None for a mode that has none here."""
+        if self.variant.mode in STREAMING_MODES:
+            return self._streaming_tpot_ms(rtt_ms)
         x = np.asarray(rtt_ms, dtype=np.float64) / 1e3
         mode, gamma, alpha, t_d, t_v = (
             self.variant.mode,
@@ -85,8 +96,41 @@ class Inputs:
             return None
         return [float(v) * 1e3 for v in y]
 
+    def _streaming_tpot_ms(self, rtt_ms: Sequence[float]) -> list[float] | None:
+        """The same where drafts stream: frames are small and under way together, a rate is not in it.
+
+        `dsd-adaptive` is the best of what its controller may choose from, as if that cost nothing to find.
+        """
+        v = self.variant
+        costs = (self.alpha, self.t_draft_s, self.t_v0_s, self.t_row_s)
+        if np.isnan(costs).any():
+            return None
+        if v.mode == "dsd-adaptive":
+            beside, t_beside_s = v.beside, self.t_draft_s
+            return [1e3 * best_stream_tpot_s(*costs, x / 1e3, beside, t_beside_s) for x in rtt_ms]
+        frame = v.gamma if v.mode == "dsd-pipelined" else 1
+        return [
+            1e3
+            * stream_tpot_s(
+                *costs,
+                x / 1e3,
+                hold_s=0.0 if v.free_run else float("inf"),
+                first=frame,
+                frame=frame,
+                run_ahead=v.run_ahead,
+                beside=v.beside,
+                t_beside_s=self.t_draft_s,  # most often both drafters are one model
+            )
+            for x in rtt_ms
+        ]
+
     def break_even_ms(self, baseline_tpot_ms: float, rate_mbit: float | None) -> float | None:
-        """Solved RTT at which `dsd-sync` meets a baseline, ms (negative: never); None for other modes."""
+        """Solved RTT at which the mode meets a baseline, ms (negative: never; infinite: beyond 10 s).
+
+        None for modes that do not depend on the RTT.
+        """
+        if self.variant.mode in STREAMING_MODES:
+            return self._streaming_break_even_ms(baseline_tpot_ms)
         if self.variant.mode != "dsd-sync" or np.isnan([self.alpha, self.t_draft_s, self.t_verify_s]).any():
             return None
         return 1e3 * float(
@@ -103,6 +147,22 @@ class Inputs:
             )
         )
 
+    def _streaming_break_even_ms(self, baseline_tpot_ms: float) -> float | None:
+        """By halving: more RTT never helps."""
+        low, high = 0.0, 1e3 * LONGEST_RTT_S
+        ends = self._streaming_tpot_ms([low, high])
+        if ends is None:
+            return None
+        if ends[0] >= baseline_tpot_ms:
+            return -1.0
+        if ends[1] < baseline_tpot_ms:
+            return float("inf")
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            found = self._streaming_tpot_ms([middle])
+            low, high = (middle, high) if found and found[0] < baseline_tpot_ms else (low, middle)
+        return low
+
 
 def after_first(per_window: Sequence[T], windows: int) -> Sequence[T]:
     """The times of all windows but the first, also where the prompt has an entry of its own in front."""
@@ -115,6 +175,8 @@ def _median(values: Iterable[float]) -> float:
 
 
 def _draft_s(row: Row) -> float:
+    if row.mode in STREAMING_MODES:  # drafting calls and the target's steps are each a list of their own
+        return sum(row.t_draft_s) / row.drafted if row.drafted and row.t_draft_s else float("nan")
     drafted = [drafted for drafted, _ in after_first(row.windows, len(row.windows))]
     times = after_first(row.t_draft_s, len(row.windows))
     return sum(times) / sum(drafted) if sum(drafted) and times else float("nan")
@@ -123,6 +185,28 @@ def _draft_s(row: Row) -> float:
 def _verify_s(row: Row) -> float:
     times = after_first(row.t_verify_s, len(row.windows))
     return sum(times) / len(times) if times else float("nan")
+
+
+def _verify_line(rows: Iterable[Row]) -> tuple[float, float]:
+    """(t_v0, t_row) of t_v(k) = t_v0 + k t_row through all steps but the prompts', s; least squares, no fall.
+
+    One length of window alone has no slope; NaN without any step.
+    """
+    drafted: list[int] = []
+    times: list[float] = []
+    for row in rows:
+        own = after_first(row.t_verify_s, len(row.windows))
+        lengths = [n for n, _ in after_first(row.windows, len(row.windows))]
+        if len(own) == len(lengths):
+            drafted += lengths
+            times += own
+    if not times:
+        return float("nan"), float("nan")
+    x, y = np.asarray(drafted, dtype=np.float64), np.asarray(times)
+    off = x - x.mean()
+    spread = float(off @ off)
+    slope = max(float(off @ y) / spread, 0.0) if spread else 0.0
+    return max(float(y.mean() - slope * x.mean()), 0.0), slope
 
 
 def _on_the_wire(payload: float, *, masked: bool) -> float:
@@ -150,6 +234,8 @@ def closed_form_inputs(rows: Sequence[Row]) -> list[Inputs]:
         tested = sum(a + (a < d) for d, a in windows)
         weights = [len(row.windows) for row in members if row.tau is not None]
         taus = [row.tau * len(row.windows) for row in members if row.tau is not None]
+        streams = variant.mode in STREAMING_MODES
+        t_v0_s, t_row_s = _verify_line(members) if streams else (float("nan"), float("nan"))
         inputs.append(
             Inputs(
                 variant=variant,
@@ -161,6 +247,8 @@ def closed_form_inputs(rows: Sequence[Row]) -> list[Inputs]:
                 bytes_up=_loop_bytes(members, up=True),
                 bytes_down=_loop_bytes(members, up=False),
                 generations=len(members),
+                t_v0_s=t_v0_s,
+                t_row_s=t_row_s,
             )
         )
     return inputs

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration, Prediction
 from dsdlab.sweep import bootstrap
 from dsdlab.sweep.bootstrap import Estimate
@@ -250,12 +251,15 @@ def _tpots(rows: Sequence[Row], predicted: Mapping[str, PredictedCell]) -> Tpots
 
 
 def _windows(members: Sequence[Row], other: PredictedCell) -> tuple[int, list[WindowsDiffer]]:
-    """How many finished generations have the predicted windows, and where the others first differ."""
+    """How many finished generations have the predicted windows, and where the others first differ.
+
+    Where drafts stream, a window is what has come in time: no two runs have the same, and none is compared.
+    """
     generations = {_key(g): g for g in other.generations}
     same, differ = 0, []
     for row in members:
         generation = generations.get(_key(row))
-        if row.status != "ok" or generation is None:
+        if row.status != "ok" or generation is None or row.mode in STREAMING_MODES:
             continue
         mine = [(drafted, accepted) for drafted, accepted in row.windows]
         theirs = [(drafted, accepted) for drafted, accepted in generation.windows]

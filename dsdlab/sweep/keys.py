@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.sweep.rows import Row
 
 SIMULATED = "simulated"
@@ -12,27 +13,45 @@ SIMULATED = "simulated"
 MODE_ORDER = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync", "dsd-pipelined", "dsd-stream", "dsd-adaptive")
 
 
+USUAL_POLICIES = {("dsd-adaptive", "adaptive")}
+"""Pairs of mode and policy that go without saying; so does the static window."""
+
+
 class Variant(NamedTuple):
-    """A way to decode. `gamma` is 0 where there is no window."""
+    """A way to decode. `gamma` is 0 where there is no window; the rest is as in a scenario's grid."""
 
     mode: str
     policy: str
     gamma: int
+    run_ahead: int = RUN_AHEAD
+    free_run: bool = False
+    beside: int = 0
 
     @property
     def label(self) -> str:
-        """For people: "dsd-sync (γ = 4)", with the policy where it is not the static window."""
-        if self.gamma <= 0 and self.policy in ("", "static"):
-            return self.mode
-        parts = [] if self.policy in ("", "static") else [self.policy]
+        """For people: "dsd-sync (γ = 4)", "dsd-stream + free run"; what is usual goes without saying."""
+        return self.label_with("")
+
+    def label_with(self, remark: str) -> str:
+        """The label with a remark at the end of its parentheses."""
+        parts = []
+        if self.policy not in ("", "static") and (self.mode, self.policy) not in USUAL_POLICIES:
+            parts.append(self.policy)
         if self.gamma > 0:
             parts.append(f"γ = {self.gamma}")
-        return f"{self.mode} ({', '.join(parts)})"
+        if self.run_ahead != RUN_AHEAD:
+            parts.append(f"run-ahead {self.run_ahead}")
+        if self.beside:
+            parts.append(f"{self.beside} beside")
+        if remark:
+            parts.append(remark)
+        name = f"{self.mode} + free run" if self.free_run else self.mode
+        return f"{name} ({', '.join(parts)})" if parts else name
 
     @property
-    def order(self) -> tuple[int, str, int, str]:
+    def order(self) -> tuple[int, str, bool, int, int, int, str]:
         known = MODE_ORDER.index(self.mode) if self.mode in MODE_ORDER else len(MODE_ORDER)
-        return known, self.mode, self.gamma, self.policy
+        return known, self.mode, self.free_run, self.gamma, self.beside, self.run_ahead, self.policy
 
 
 class Condition(NamedTuple):
@@ -82,7 +101,7 @@ class Condition(NamedTuple):
 
 
 def variant_of(row: Row) -> Variant:
-    return Variant(row.mode, row.policy, row.gamma)
+    return Variant(row.mode, row.policy, row.gamma, row.run_ahead, row.free_run, row.beside)
 
 
 def condition_of(row: Row) -> Condition:

@@ -87,19 +87,20 @@ def reference_key(scenario: Scenario, ids: Sequence[int], sampling: Sampling) ->
 
 
 def content_digest(scenario: Scenario, prompts: Sequence[Prompt]) -> str:
-    """A hash of what a scenario names but does not contain: its prompts, and a drafter's weights file.
+    """A hash of what a scenario names but does not contain: its prompts, and drafters' weights files.
 
     Raises ModelError for a weights file that cannot be read.
     """
     digest = hashlib.sha256(json.dumps([[p.key, p.text] for p in prompts]).encode())
-    name = scenario.models.drafter.removeprefix(LOOKUP_FIRST)
-    path = DRAFTERS.get(name, Path(name))
-    try:
-        if path.is_file():
-            with path.open("rb") as f:
-                digest.update(hashlib.file_digest(f, "sha256").digest())
-    except OSError as e:
-        raise ModelError(f"model file {path}: {e.strerror}") from None
+    for drafter in filter(None, (scenario.models.drafter, scenario.models.edge_drafter)):
+        name = drafter.removeprefix(LOOKUP_FIRST)
+        path = DRAFTERS.get(name, Path(name))
+        try:
+            if path.is_file():
+                with path.open("rb") as f:
+                    digest.update(hashlib.file_digest(f, "sha256").digest())
+        except OSError as e:
+            raise ModelError(f"model file {path}: {e.strerror}") from None
     return digest.hexdigest()[:16]
 
 
@@ -110,14 +111,19 @@ def remaining(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Job]:
 
 
 def estimate_s(jobs: Sequence[Job], max_new_tokens: int) -> float:
-    """A rough running time, for --dry-run: a 50 ms target step and two tokens a window."""
+    """A rough running time, for --dry-run: a 50 ms target step and two tokens a window.
+
+    Windows in flight hide about half of the round trip.
+    """
     total = 0.0
     for job in jobs:
         rtt_s = job.cell.rtt_ms / 1e3
         tokens = max_new_tokens
         if job.cell.mode == "dsd-sync":
             total += tokens / 2 * (0.065 + rtt_s)
-        elif job.cell.mode == "cloud-ar":
+        elif job.cell.mode in ("dsd-pipelined", "dsd-stream") and not job.cell.free_run:
+            total += tokens / 2 * (0.05 + rtt_s / 2)
+        elif job.cell.mode == "cloud-ar" or job.cell.free_run or job.cell.mode == "dsd-adaptive":
             total += tokens * 0.05
         else:
             total += tokens / 2 * 0.065

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.sim.profile import LinkProfile, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure
 
@@ -19,7 +20,8 @@ class Row(msgspec.Struct, kw_only=True):
     `t_draft_s` and `t_verify_s`, which are compute times at the node that drafts or verifies.
     A measure that does not exist is None: the TPOT of a single token, the α of `cloud-ar`,
     `exact` where there was no reference. A row that is not "ok" keeps the defaults from `tokens` to
-    `events`. Rows of earlier versions lack the link's measures and keep their defaults.
+    `events`. Rows of earlier versions lack the link's measures and what is said of drafts, and keep their
+    defaults.
     """
 
     # what was asked
@@ -29,7 +31,10 @@ class Row(msgspec.Struct, kw_only=True):
     error: str = ""
     mode: str
     policy: str
-    gamma: int  # 0 for cloud-ar
+    gamma: int  # 0 where no window is asked for
+    run_ahead: int = RUN_AHEAD  # these three have their defaults where they do not concern the mode
+    free_run: bool = False
+    beside: int = 0
     runtime: str
     link: str
     rtt_ms: float
@@ -61,6 +66,13 @@ class Row(msgspec.Struct, kw_only=True):
     t_verify_s: list[float] = msgspec.field(default_factory=list)
     t_queue_s: list[float] = msgspec.field(default_factory=list)
 
+    # what it took
+    drafted: int | None = None  # tokens that the edge drafted, judged or not
+    wasted: int | None = None  # of them, those that never entered the text
+    target_s: float | None = None  # the target's time, the prompt's included
+    beside_s: float = 0.0  # of a drafter beside the target
+    decisions: list[tuple[float, str]] = msgspec.field(default_factory=list)  # (s since request, new plan)
+
     # wire and time
     bytes_up: dict[str, int] = msgspec.field(default_factory=dict)  # payload bytes by frame name
     bytes_down: dict[str, int] = msgspec.field(default_factory=dict)
@@ -89,6 +101,17 @@ class Row(msgspec.Struct, kw_only=True):
     def usable(self) -> bool:
         """Whether its times may enter statistics."""
         return self.status == "ok" and not self.excluded
+
+    @property
+    def target_ms_per_token(self) -> float | None:
+        """Target time per committed token, ms; None where nothing was committed."""
+        spent_s = sum(self.t_verify_s) if self.target_s is None else self.target_s
+        return 1e3 * spent_s / self.tokens if self.tokens and spent_s else None
+
+    @property
+    def wasted_per_token(self) -> float | None:
+        """Drafts of the edge that were never committed, per committed token; None where unknown."""
+        return self.wasted / self.tokens if self.tokens and self.wasted is not None else None
 
     @property
     def rtt_measured_ms(self) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from dsdlab.nodes.record import GenerationRecord
-from dsdlab.scenario import Scenario
+from dsdlab.scenario import Cell, Scenario
 from dsdlab.sim.profile import LinkProfile, LinkStep, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure, judge, judge_drift, judge_tcp
 from dsdlab.sweep.plan import Job, sampling_json
@@ -88,6 +88,9 @@ async def _run_one(scenario: Scenario, job: Job, references: Mapping[str, Sequen
         mode=cell.mode,
         policy=cell.policy,
         gamma=cell.gamma,
+        run_ahead=cell.run_ahead,
+        free_run=cell.free_run,
+        beside=cell.beside,
         runtime=scenario.run.runtime,
         link=scenario.run.link,
         rtt_ms=cell.rtt_ms,
@@ -109,9 +112,7 @@ async def _run_one(scenario: Scenario, job: Job, references: Mapping[str, Sequen
         try:
             done = await bed.generate(
                 {
-                    "mode": cell.mode,
-                    "policy": cell.policy,
-                    "gamma": cell.gamma,
+                    **asked_of(cell),
                     "prompt_ids": list(job.prompt_ids),
                     "sampling": sampling_json(job.sampling),
                     "max_new_tokens": scenario.workload.max_new_tokens,
@@ -133,6 +134,18 @@ async def _run_one(scenario: Scenario, job: Job, references: Mapping[str, Sequen
     row.wall_s = time.monotonic() - begun_s
     row.overhead_s = row.wall_s - row.generate_s
     return row
+
+
+def asked_of(cell: Cell) -> dict[str, Any]:
+    """How a cell's generations are to be decoded, for the control message."""
+    return {
+        "mode": cell.mode,
+        "policy": cell.policy,
+        "gamma": cell.gamma,
+        "run_ahead": cell.run_ahead,
+        "free_run": cell.free_run,
+        "beside": cell.beside,
+    }
 
 
 async def _set_and_calibrate(bed: Bed, profile: LinkProfile, tcp: TcpRegime, row: Row) -> str:
@@ -193,6 +206,8 @@ def _fill(row: Row, record: GenerationRecord, reference: Sequence[int] | None) -
     row.exact = None if reference is None else list(reference) == record.ids
     row.windows = record.windows
     row.t_draft_s, row.t_verify_s, row.t_queue_s = record.t_draft_s, record.t_verify_s, record.t_queue_s
+    row.drafted, row.wasted = record.drafted, record.wasted
+    row.target_s, row.beside_s, row.decisions = record.target_s, record.beside_s, record.decisions
     row.bytes_up, row.bytes_down = record.bytes_up, record.bytes_down
     row.events = record.events
     row.reconnects, row.stale_frames = record.reconnects, record.stale_frames

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
+from dsdlab.policies import RUN_AHEAD
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration, Prediction
 from dsdlab.sim.profile import TcpRegime
 from dsdlab.sweep.keys import SIMULATED
@@ -51,6 +52,9 @@ def cell_row(
         mode=axes["mode"],
         policy=axes["policy"],
         gamma=axes["gamma"],
+        run_ahead=axes.get("run_ahead", RUN_AHEAD),
+        free_run=axes.get("free_run", False),
+        beside=axes.get("beside", 0),
         runtime=runtime,
         link=link,
         rtt_ms=axes["rtt_ms"],
@@ -91,6 +95,10 @@ def _row(asked: Row, generation: PredictedGeneration) -> Row:
         "exact": generation.exact,
         "finish": generation.finish,
         "windows": list(generation.windows),
+        "drafted": generation.drafted,
+        "wasted": generation.wasted,
+        "target_s": generation.target_s,
+        "beside_s": generation.beside_s,
         "bytes_up": dict(generation.bytes_up),
         "bytes_down": dict(generation.bytes_down),
     }

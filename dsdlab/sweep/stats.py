@@ -80,6 +80,8 @@ class CellSummary:
     itl_p95_ms: float  # median over generations of each one's p95
     alpha: Estimate
     tau: float
+    target_ms: float  # of the target's time a committed token, the prompt's included; median
+    wasted: float  # drafts of the edge that were never committed, a committed token; median
     ratio: Estimate | None  # paired TPOT ratio against cloud-ar; None for the baseline or without one
     exact: int
     compared: int
@@ -249,6 +251,8 @@ def cell_summary(rows: Sequence[Row], ratio: Estimate | None = None) -> CellSumm
         itl_p95_ms=_quantile(good, "itl_p95_ms", 0.5),
         alpha=_alpha(good, first.cell),
         tau=_tau(good, first.cell).value,
+        target_ms=_quantile(good, "target_ms_per_token", 0.5),
+        wasted=_quantile(good, "wasted_per_token", 0.5),
         ratio=ratio,
         exact=sum(row.exact is True for row in finished),
         compared=sum(row.exact is not None for row in finished),
@@ -307,7 +311,7 @@ def summarise(
     for condition in conditions:
         for mode in BASELINES:
             for variant in variants:
-                baseline = baseline_for(variant, mode, variants)
+                baseline = baseline_for(variant, mode, variants, tpots)
                 if baseline is None or variant.mode in BASELINES[: BASELINES.index(mode) + 1]:
                     continue
                 found = break_even(tpots, variant, baseline, condition, n_boot)
@@ -381,6 +385,8 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
             "itl_p95_ms": _number(cell.itl_p95_ms),
             "alpha": _number(cell.alpha.value),
             "tau": _number(cell.tau),
+            "target_ms_per_token": _number(cell.target_ms),
+            "wasted_per_token": _number(cell.wasted),
             "tpot_ratio": None if cell.ratio is None else _number(cell.ratio.value),
             "exact": cell.all_exact,
         }

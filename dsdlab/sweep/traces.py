@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 
 from dsdlab.models.base import ModelError
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.scenario import Scenario
 from dsdlab.sim.trace import Trace, TracedText, TracedWindow, TraceError, load_trace, save_trace
 from dsdlab.sweep.plan import Job, sampling_json
@@ -34,13 +35,14 @@ async def ensure_trace(
 ) -> Trace:
     """The folder's `trace.json` with every text of `jobs`, windows as long as the grid's longest.
 
+    Where drafts stream they are asked for one by one: there a window of one is enough.
     It records what the folder lacks, in a process of its own on `cpus`, the drafter's cores, with as many
     threads as the drafter will have; what was recorded before a failure is kept. references: the target's ids
     by key; a text that is not among them is generated. on_progress: (texts done, texts to record). Raises
     ModelError or StoreError.
     """
     path = folder / FILE
-    gamma = max(cell.gamma for cell in scenario.cells())
+    gamma = max(max(c.gamma, c.beside, int(c.mode in STREAMING_MODES)) for c in scenario.cells())
     old = _known(path, scenario)
     before = {text.key: text for text in old.texts} if old is not None else {}
     texts: dict[str, TracedText] = {}

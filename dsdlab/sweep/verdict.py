@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dsdlab.sweep.breakeven import BreakEven
-from dsdlab.sweep.keys import Condition
+from dsdlab.sweep.keys import Condition, Variant
 
 if TYPE_CHECKING:
     from dsdlab.sweep.stats import CellSummary
@@ -47,6 +47,14 @@ def _reach(item: BreakEven, grid: bool) -> str:
         span = f"{item.grid_min_ms:g}–{item.grid_max_ms:g}" if item.grid_min_ms < item.grid_max_ms else ""
         tried = f" ({span or f'{item.grid_min_ms:g}'} ms)"
     return f"at {'every' if item.state == 'always' else 'no'} RTT tried{tried}{interval}"
+
+
+def _best_of(tried: Sequence[Variant]) -> str:
+    """ "best of 3 windows", or settings where they differ in more; empty for a single one."""
+    if len(tried) < 2:
+        return ""
+    alike = len({variant._replace(gamma=0) for variant in tried}) == 1
+    return f"best of {len(tried)} {'windows' if alike else 'settings'}"
 
 
 def setting(condition: Condition) -> str:
@@ -96,12 +104,11 @@ def _sentence(
     condition = next(c for c in conditions if any(b.condition == c for b in streaming))
     here = [b for b in streaming if b.condition == condition]
     best = _best_per_mode(here, cells)
-    windows = {b.variant.mode: sum(o.variant.mode == b.variant.mode for o in here) for b in best}
+    tried = {b.variant.mode: [o.variant for o in here if o.variant.mode == b.variant.mode] for b in best}
     clauses: list[str] = []
     grids: set[tuple[float, float]] = set()
     for item in best:
-        tried = f", best of {windows[item.variant.mode]} windows" if windows[item.variant.mode] > 1 else ""
-        name = item.variant.label.removesuffix(")") + f"{tried})" if tried else item.variant.label
+        name = item.variant.label_with(_best_of(tried[item.variant.mode]))
         verb = "" if clauses else "beats streaming from the target "
         grid = (item.grid_min_ms, item.grid_max_ms)
         clauses.append(f"{name} {verb}{_reach(item, grid not in grids)}")
