@@ -12,6 +12,7 @@ from dsdlab.report.svg import Scale, element, marker, mode_class, number, path, 
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
+LABEL_PX = 7.6  # about, a character of a curve's own label
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 
 
@@ -122,7 +123,8 @@ def _axes(panel: Panel, x: Scale, y: Scale, box: Box, unit: str) -> list[Markup]
             drawn.append(text(at, bottom + 17, f"{value:g}", "tick", "middle"))
             last = at
     drawn.append(element("line", x1=left, x2=right, y1=bottom, y2=bottom, class_="axis"))
-    drawn.append(text(2, top - 16, unit + (", log scale" if y.log else ""), "unit"))
+    if unit:
+        drawn.append(text(2, top - 16, unit + (", log scale" if y.log else ""), "unit"))
     name = "RTT, ms" + (f" ({panel.note})" if panel.note else "") + (", log scale" if x.log else "")
     drawn.append(text(right, bottom + 34, name, "unit", "end"))
     return drawn
@@ -171,11 +173,12 @@ def _series(series: Series, x: Scale, y: Scale, *, simulated: bool) -> Markup:
         curve = path((x(p.x), y(p.y)) for p in series.points)
         kind = "sim" if simulated else "curve"
         inner.append(element("path", d=curve, class_=kind, stroke_dasharray=None if simulated else dash))
-    inner += [  # the script reads a point's place from its marker
-        element(
-            "g",
-            marker(series.mode, x(p.x), y(p.y), hollow=hollow),
-            class_="pt",
+    inner += [
+        marker(
+            series.mode,
+            x(p.x),
+            y(p.y),
+            hollow=hollow,
             data_at=f"{p.x:g}",
             data_value=with_interval(p.y, p.lo, p.hi),
             data_sim=series.errors.get(p.x),
@@ -195,14 +198,16 @@ def curves(
     extent: tuple[float, float],
     direct_labels: bool,
     class_: str,
+    suffix: str = " ms",
 ) -> Markup:
     """One panel: measured medians with 95 % bars, joined.
 
     The closed form is a thin dashed line, the simulator's medians are a broad pale one.
 
-    extent: smallest and largest value of the y axis' data (see `y_range`).
+    extent: smallest and largest value of the y axis' data (see `y_range`). suffix: of values that are said.
     """
-    margin_right = 165 if direct_labels else 14
+    longest = max((len(s.label) for s in panel.series), default=0)
+    margin_right = max(165.0, LABEL_PX * longest + 20) if direct_labels else 14.0
     box = (46.0, 34.0, float(width - margin_right), float(height - 44))
     x, y = _scales(panel, box, *extent)
     drawn = _axes(panel, x, y, box, unit)
@@ -226,7 +231,7 @@ def curves(
             )
     return element(
         "svg",
-        element("title", f"{unit} against RTT: {panel.title}"),
+        element("title", f"{unit} against RTT: {panel.title}" if unit else f"{panel.title} against RTT"),
         *drawn,
         viewBox=f"0 0 {width} {height}",
         class_=f"chart {class_}".strip(),
@@ -234,6 +239,7 @@ def curves(
         data_top=number(box[1]),
         data_bottom=number(box[3]),
         data_note=panel.note,
+        data_suffix=suffix,
     )
 
 

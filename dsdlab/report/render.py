@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from markupsafe import Markup, escape
 
 from dsdlab import __version__
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.report import plots, simulator, timeline
 from dsdlab.report.links import link_table, tcp_table
 from dsdlab.report.plots import Mark, Panel, Point, Series
@@ -27,11 +28,15 @@ from dsdlab.sweep.comparison import Comparison, signed_pct
 from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.stats import CellSummary, Summary
+from dsdlab.sweep.verdict import best_of
 
 CURVE_STEPS = 12
+MOST_SERIES = 9  # beyond this many variants a mode is drawn at its best setting
+MOST_POSITIONS = 16  # of the acceptance table
+MOST_DECISIONS = 12
 MANY_PANELS = 4  # beyond this one drawing serves wide and narrow screens
 CLAUSE = "; the simulator"  # how the verdict's last clause begins
-UNBROKEN = re.compile(r"([a-z]+-[a-z]+(?: \(γ = \d+)?|\d+ ms(?: RTT)?|\[[^\]]*\])")
+UNBROKEN = re.compile(r"([a-z]+-[a-z]+(?: \+ free run)?(?: \(γ = \d+)?|\d+ ms(?: RTT)?|\[[^\]]*\])")
 
 
 class ByteRow(NamedTuple):
@@ -60,23 +65,54 @@ def fixed(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
 
 
-def _ranks(variants: Sequence[Variant]) -> dict[Variant, int]:
-    """The place of each variant among those of its mode."""
-    seen: Counter[str] = Counter()
-    ranks = {}
+class Line(NamedTuple):
+    """One curve of every figure: a variant, or all settings of a mode of which the best is drawn at each RTT.
+
+    rank: its place among the curves of its mode.
+    """
+
+    mode: str
+    label: str
+    rank: int
+    members: list[Variant]
+
+
+def _lines(variants: Sequence[Variant]) -> list[Line]:
+    groups: dict[object, list[Variant]] = {}
     for variant in variants:
-        ranks[variant] = seen[variant.mode]
-        seen[variant.mode] += 1
-    return ranks
+        way = (variant.mode, variant.free_run)
+        groups.setdefault(way if len(variants) > MOST_SERIES else variant, []).append(variant)
+    seen: Counter[str] = Counter()
+    lines = []
+    for members in groups.values():
+        first, label = members[0], members[0].label
+        if len(members) > 1:
+            what = "γ" if "windows" in best_of(members) else "setting"
+            label = f"{Variant(first.mode, '', 0, free_run=first.free_run).label}, best {what}"
+        lines.append(Line(first.mode, label, seen[first.mode], members))
+        seen[first.mode] += 1
+    return lines
 
 
-def _theory(inputs: Inputs | None, rtts: Sequence[float], condition: Condition) -> list[tuple[float, float]]:
-    if inputs is None or not rtts:
+def _best_cells(summary: Summary, line: Line, condition: Condition) -> list[CellSummary]:
+    """A line's cell at each RTT, in rising order: the fastest where it has several."""
+    best: dict[float, CellSummary] = {}
+    for cell in summary.cells:
+        if cell.condition == condition and cell.variant in line.members:
+            rival = best.get(cell.rtt_ms)
+            if rival is None or not cell.tpot_ms.value >= rival.tpot_ms.value:  # NaN loses
+                best[cell.rtt_ms] = cell if rival is None or not math.isnan(cell.tpot_ms.value) else rival
+    return [best[rtt] for rtt in sorted(best)]
+
+
+def _theory(own: Sequence[Inputs], rtts: Sequence[float], condition: Condition) -> list[tuple[float, float]]:
+    """The closed form over the span of the RTTs; of several settings the least."""
+    if not own or not rtts:
         return []
     low, high = min(rtts), max(rtts)
     grid = [low + (high - low) * k / CURVE_STEPS for k in range(CURVE_STEPS + 1)]
-    values = inputs.tpot_ms(grid, condition.rate_mbit)
-    return list(zip(grid, values, strict=True)) if values else []
+    curves = [values for inputs in own if (values := inputs.tpot_ms(grid, condition.rate_mbit))]
+    return list(zip(grid, map(min, *curves, curves[0]), strict=True)) if curves else []
 
 
 def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
@@ -97,12 +133,21 @@ def _mark(break_evens: Sequence[BreakEven], condition: Condition) -> list[Mark]:
 
 
 def _simulated(
-    comparison: Comparison | None, variant: Variant, condition: Condition, measure: str
+    comparison: Comparison | None,
+    cells: Sequence[CellSummary],
+    line: Line,
+    condition: Condition,
+    measure: str,
 ) -> tuple[list[Point], dict[float, str]]:
-    """The simulator's points of one variant, and what hovering says of each: "36.2 ms, −2.1 %"."""
+    """The simulator's points of one line, and what hovering says of each: "36.2 ms, −2.1 %".
+
+    Those of the cells that are drawn; what was only simulated is drawn too, where a line has one setting.
+    """
     points, said = [], {}
+    drawn = {(cell.variant, cell.rtt_ms) for cell in cells}
     for cell in comparison.cells if comparison is not None else ():
-        if (cell.variant, cell.condition) != (variant, condition):
+        alone = len(line.members) == 1 and cell.variant == line.members[0]
+        if cell.condition != condition or not (alone or (cell.variant, cell.rtt_ms) in drawn):
             continue
         compared = cell.tpot if measure == "tpot_ms" else cell.ttft
         value = compared.predicted
@@ -118,28 +163,23 @@ def _panels(
     summary: Summary, measure: str, plain: set[Condition], comparison: Comparison | None
 ) -> list[dict[str, Any]]:
     """Drawn panels of "tpot_ms" or "ttft_ms", one per condition that has data."""
-    ranks = _ranks(summary.variants)
     inputs = {(i.variant, i.temperature): i for i in summary.inputs}
     panels = []
     for condition in summary.conditions:
         series = []
-        for variant in summary.variants:
-            cells = sorted(
-                (c for c in summary.cells if (c.variant, c.condition) == (variant, condition)),
-                key=lambda c: c.rtt_ms,
-            )
+        for line in _lines(summary.variants):
+            cells = _best_cells(summary, line, condition)
             estimates = [(c.rtt_ms, getattr(c, measure)) for c in cells]
             points = [Point(x, e.value, e.lo, e.hi, e.n) for x, e in estimates if not math.isnan(e.value)]
             if not points:
                 continue
             theory = []
             if measure == "tpot_ms" and condition in plain:
-                own = inputs.get((variant, condition.temperature))
+                keys = ((member, condition.temperature) for member in line.members)
+                own = [inputs[key] for key in keys if key in inputs]
                 theory = _theory(own, [p.x for p in points], condition)
-            simulated, errors = _simulated(comparison, variant, condition, measure)
-            series.append(
-                Series(variant.mode, variant.label, ranks[variant], points, theory, simulated, errors)
-            )
+            simulated, errors = _simulated(comparison, cells, line, condition, measure)
+            series.append(Series(line.mode, line.label, line.rank, points, theory, simulated, errors))
         if series:
             marks = _mark(summary.break_evens, condition) if measure == "tpot_ms" else []
             panels.append(
@@ -172,14 +212,54 @@ def _panels(
     ]
 
 
+PRICES = (
+    ("target_ms", "Target time, ms per committed token", " ms"),
+    ("wasted", "Drafts wasted per committed token", ""),
+)
+
+
+def _price_panels(summary: Summary) -> list[dict[str, Any]]:
+    """What a committed token costs besides time, under the least constrained condition that has data."""
+    drawn = []
+    for measure, title, suffix in PRICES:
+        for condition in summary.conditions:
+            series = []
+            for line in _lines(summary.variants):
+                known = [(c, getattr(c, measure)) for c in _best_cells(summary, line, condition)]
+                points = [
+                    Point(c.rtt_ms, y, math.nan, math.nan, c.generations - c.excluded)
+                    for c, y in known
+                    if not math.isnan(y)
+                ]
+                if points and any(p.y for p in points):
+                    series.append(Series(line.mode, line.label, line.rank, points))
+            if not series:
+                continue
+            panel = Panel(title, series, condition.modelled, simulated=condition.simulated)
+            _, most = plots.y_range([panel])
+
+            style: dict[str, Any] = {"height": 290, "unit": "", "extent": (most, most), "suffix": suffix}
+            drawn.append(
+                {
+                    "title": title,
+                    "modelled": panel.modelled,
+                    "wide": plots.curves(panel, width=470, direct_labels=False, class_="wide", **style),
+                    "narrow": plots.curves(panel, width=360, direct_labels=False, class_="narrow", **style),
+                }
+            )
+            break
+    return drawn
+
+
 def _best_windows(cells: Sequence[CellSummary], rtt_ms: float, condition: Condition) -> list[Variant]:
-    """Per mode the fastest variant at that RTT."""
-    best: dict[str, CellSummary] = {}
+    """Per mode, and for a free run apart, the fastest variant at that RTT."""
+    best: dict[tuple[str, bool], CellSummary] = {}
     for cell in cells:
         if cell.rtt_ms == rtt_ms and cell.condition == condition and not math.isnan(cell.tpot_ms.value):
-            rival = best.get(cell.variant.mode)
+            way = (cell.variant.mode, cell.variant.free_run)
+            rival = best.get(way)
             if rival is None or cell.tpot_ms.value < rival.tpot_ms.value:
-                best[cell.variant.mode] = cell
+                best[way] = cell
     return sorted((c.variant for c in best.values()), key=lambda v: v.order)
 
 
@@ -216,6 +296,8 @@ def _timelines(summary: Summary, rows: Sequence[Row]) -> dict[str, Any]:
         drawn.append(
             {
                 "variant": variant,
+                "decisions": row.decisions[:MOST_DECISIONS],
+                "more_decisions": max(len(row.decisions) - MOST_DECISIONS, 0),
                 "note": f"{tokens} token{'' if tokens == 1 else 's'} in {plots.short(until_s * 1e3)} ms",
                 "wide": timeline.timeline(row, until_s, width=960, class_="wide", axis=axis),
                 "narrow": timeline.timeline(row, until_s, width=360, class_="narrow", axis=axis),
@@ -281,7 +363,7 @@ def _break_rows(
             flat = base.tpot_ms([0.0], item.condition.rate_mbit)
             solved = own.break_even_ms(flat[0], item.condition.rate_mbit) if flat else None
             if solved is not None:
-                theory = plots.short(solved) if solved >= 0 else "none"
+                theory = "∞" if math.isinf(solved) else plots.short(solved) if solved >= 0 else "none"
         rows.append({"item": item, "value": value, "theory": theory, "simulated": simulated})
     return rows
 
@@ -387,7 +469,8 @@ def page(
     rows = stats.counted_rows(rows)
     plain = plain_conditions(rows)
     links = link_table(rows)
-    ranks = _ranks(summary.variants)
+    lines = _lines(summary.variants)
+    priced = any(row.wasted is not None for row in rows)
     models = run.get("models") or {}
     names = [(models.get(role) or {}).get("model_id") for role in ("target", "drafter")]
     conditions = summary.conditions
@@ -408,7 +491,8 @@ def page(
         if show[key]
     ]
     columns = ["mode", "RTT", "link", *differing]
-    columns += ["TPOT", "p95", "p99", "× cloud-ar", "TTFT", "ITL p95", "α", "τ", "exact"]
+    columns += ["TPOT", "p95", "p99", "× cloud-ar", "TTFT", "ITL p95", "α", "τ"]
+    columns += ["target", "wasted", "exact"] if priced else ["exact"]
     columns += ["failed"] if summary.failures else []
     columns += ["excluded"] if summary.excluded else []
     environment = Environment(
@@ -438,13 +522,17 @@ def page(
         "lossy": show["loss"],
         "closed_form": bool(plain) and any(i.tpot_ms([0.0], None) for i in summary.inputs),
         "legend_items": [
-            {"symbol": plots.key_symbol(v.mode, ranks[v], simulated=simulated), "label": v.label}
-            for v in summary.variants
+            {"symbol": plots.key_symbol(line.mode, line.rank, simulated=simulated), "label": line.label}
+            for line in lines
         ],
+        "best_drawn": any(len(line.members) > 1 for line in lines),
+        "priced": priced,
+        "price_panels": _price_panels(summary) if priced else [],
         "tpot_panels": tpot_panels,
         "ttft_panels": _panels(summary, "ttft_ms", plain, comparison),
         "break_rows": _break_rows(summary, plain, comparison),
-        "positions": max((len(a.per_position) for a in summary.acceptance), default=0),
+        "positions": min(max((len(a.per_position) for a in summary.acceptance), default=0), MOST_POSITIONS),
+        "more_positions": any(len(a.per_position) > MOST_POSITIONS for a in summary.acceptance),
         "byte_rows": _byte_rows(rows, summary.variants),
         "links": links,
         "link_columns": {
@@ -468,6 +556,7 @@ def page(
         "simulation": simulator.provenance(prediction, run) if simulated and prediction else [],
         "note_of": simulator.note_of,
         "signed_pct": signed_pct,
+        "streams": any(i.variant.mode in STREAMING_MODES for i in summary.inputs),
         "inputs": [i for i in summary.inputs if not math.isnan(i.t_verify_s)],
     }
     return environment.from_string(_template("report.html.j2")).render(context)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from dsdlab.sim.prediction import Prediction
 from dsdlab.sweep.comparison import (
+    STREAMING_BAR_PCT,
     TPOT_BAR_PCT,
     TPOT_WORST_BAR_PCT,
     TTFT_BAR_PCT,
@@ -55,8 +56,8 @@ def _totals(comparison: Comparison) -> list[TotalRow]:
     lossy = any(cell.lossy for cell in comparison.cells)
     rows = []
 
-    def add(what: str, kind: Kind, loss_free: bool, bar: float | None) -> None:
-        total = comparison.total(kind, loss_free=loss_free)
+    def add(what: str, kind: Kind, loss_free: bool, bar: float | None, *, streaming: bool = False) -> None:
+        total = comparison.total(kind, loss_free=loss_free, streaming=streaming)
         if total.cells:
             met = bar is not None and total.mape_pct <= bar
             mape, bias = f"{total.mape_pct:.1f}", signed_pct(total.bias_pct)
@@ -65,6 +66,7 @@ def _totals(comparison: Comparison) -> list[TotalRow]:
     add("simulator, TPOT", "tpot", False, TPOT_BAR_PCT)
     if lossy:
         add("simulator, TPOT, without loss", "tpot", True, None)
+    add("simulator, TPOT, where drafts stream", "tpot", False, STREAMING_BAR_PCT, streaming=True)
     worst = comparison.worst_loss_free
     if worst is not None:
         error = worst.tpot.error_pct

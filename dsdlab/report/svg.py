@@ -67,13 +67,16 @@ def mode_class(mode: str) -> str:
     return f"m-{mode}" if mode in MODE_ORDER else "m-other"
 
 
-def marker(mode: str, x: float, y: float, size: float = 4.2, *, hollow: bool = False) -> Markup:
-    """The mode's shape at (x, y)."""
+def marker(
+    mode: str, x: float, y: float, size: float = 4.2, *, hollow: bool = False, **data: object
+) -> Markup:
+    """The mode's shape at (x, y); with data, a point that says something of itself."""
     return element(
         "path",
         d=_SHAPES.get(mode, _SHAPES["cloud-ar"]),
         transform=f"translate({spot(x)} {spot(y)}) scale({size:g})",
-        class_="mark hollow" if hollow else "mark",
+        class_=f"{'pt ' if data else ''}mark{' hollow' if hollow else ''}",
+        **data,
     )
 
 

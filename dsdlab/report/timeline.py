@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,8 +15,9 @@ from dsdlab.report.plots import short
 from dsdlab.report.svg import Scale, element, mode_class, number, path, text
 from dsdlab.sweep.rows import Row
 
-LANE_KINDS = {"draft": "edge", "verify": "cloud", "decode": "cloud"}
+LANE_KINDS = {"draft": "edge", "beside": "cloud", "verify": "cloud", "decode": "cloud"}
 MANY_EVENTS = 240  # beyond it bars and flights share a path, and no two are drawn on one pixel
+MOST_FLIGHTS = 240  # each way; of more, evenly spread ones are drawn
 STALL_S, STALL_FACTOR = 0.3, 4.0
 STALLS_SHOWN = 4
 IN_SECONDS_S = 3.0  # from this length on the axis is in seconds
@@ -203,6 +205,9 @@ def _many_events(row: Row, lanes: _Lanes) -> list[Markup]:
     """One path for each kind: the same picture, in a fraction of the bytes."""
     flights: dict[str, list[str]] = {}
     latest: dict[str, float] = {}
+    crowd = Counter(lane_of(kind, row.mode) for kind, t0, _ in row.events if t0 < lanes.until_s)
+    width = lanes.x.end - lanes.x.start
+    gaps = {lane: width / MOST_FLIGHTS if crowd[lane] > MOST_FLIGHTS else 0.0 for lane in ("up", "down")}
     spans: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for kind, t0, t1 in row.events:
         lane = lane_of(kind, row.mode)
@@ -210,7 +215,8 @@ def _many_events(row: Row, lanes: _Lanes) -> list[Markup]:
             continue
         if lane in ("up", "down"):
             (x0, y0), (x1, y1) = lanes.flight(lane, t0, t1)
-            if x0 - latest.get(lane, -math.inf) >= 1.0 or x1 - x0 > 6.0:
+            since = x0 - latest.get(lane, -math.inf)
+            if since >= gaps[lane] and (since >= 1.0 or x1 - x0 > 6.0):
                 flights.setdefault(lane, []).append(path([(x0, y0), (x1, y1)]))
                 latest[lane] = x0
         else:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.sweep.bootstrap import Estimate
 from dsdlab.sweep.breakeven import BreakEven, Tpots, break_even
 from dsdlab.sweep.keys import Condition, Variant
@@ -19,6 +20,8 @@ Kind = Literal["tpot", "ttft", "closed_form"]
 
 TPOT_BAR_PCT, TPOT_WORST_BAR_PCT, TTFT_BAR_PCT = 5.0, 10.0, 10.0
 """What dsdlab promises of its simulator: mean |error| of TPOT, worst loss-free cell, mean |error| of TTFT."""
+STREAMING_BAR_PCT = 7.0
+"""And mean |error| of TPOT over the modes whose drafts stream."""
 
 
 def error_pct(predicted: float, measured: float) -> float:
@@ -148,9 +151,13 @@ class Comparison:
         found = break_even(self.tpots, measured.variant, measured.baseline, measured.condition, n_boot=1)
         return None if found is None else replace(found, lo_ms=math.nan, hi_ms=math.nan)
 
-    def total(self, kind: Kind, *, loss_free: bool = False) -> Total:
-        """Errors of all cells, or of those without loss."""
-        cells = [cell for cell in self.cells if not (loss_free and cell.lossy)]
+    def total(self, kind: Kind, *, loss_free: bool = False, streaming: bool = False) -> Total:
+        """Errors of all cells, of those without loss, or of those whose mode lets drafts stream."""
+        cells = [
+            cell
+            for cell in self.cells
+            if not (loss_free and cell.lossy) and (not streaming or cell.variant.mode in STREAMING_MODES)
+        ]
         errors = [e for cell in cells if not math.isnan(e := cell.error_of(kind))]
         if not errors:
             return Total(math.nan, math.nan, 0)
@@ -175,6 +182,8 @@ class Comparison:
     def windows_line(self) -> str:
         """ "replay: 96 of 96 generations have the same accepted count in every window"."""
         same, n = self.windows_same, self.windows_compared
+        if not n:
+            return "replay: nothing to compare, for windows follow from times where drafts stream"
         return f"replay: {same} of {n} generations have the same accepted count in every window"
 
     @property
@@ -236,6 +245,7 @@ def totals_json(comparison: Comparison) -> dict[str, Any]:
         if worst is None
         else {"cell": worst.cell, "label": worst.label, "tpot_error_pct": _number(worst.tpot.error_pct)},
         "ttft": _total_json(comparison.total("ttft")),
+        "tpot_streaming": _total_json(comparison.total("tpot", streaming=True)),
         "closed_form": _total_json(comparison.total("closed_form")),
         "closed_form_loss_free": _total_json(comparison.total("closed_form", loss_free=True)),
         "windows": {

@@ -49,7 +49,7 @@ def _reach(item: BreakEven, grid: bool) -> str:
     return f"at {'every' if item.state == 'always' else 'no'} RTT tried{tried}{interval}"
 
 
-def _best_of(tried: Sequence[Variant]) -> str:
+def best_of(tried: Sequence[Variant]) -> str:
     """ "best of 3 windows", or settings where they differ in more; empty for a single one."""
     if len(tried) < 2:
         return ""
@@ -108,7 +108,7 @@ def _sentence(
     clauses: list[str] = []
     grids: set[tuple[float, float]] = set()
     for item in best:
-        name = item.variant.label_with(_best_of(tried[item.variant.mode]))
+        name = item.variant.label_with(best_of(tried[item.variant.mode]))
         verb = "" if clauses else "beats streaming from the target "
         grid = (item.grid_min_ms, item.grid_max_ms)
         clauses.append(f"{name} {verb}{_reach(item, grid not in grids)}")

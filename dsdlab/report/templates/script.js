@@ -32,7 +32,7 @@
       put(line, "span", p.value);
       if (simulated) put(line, "span", p.sim ?? "–");
     }
-    put(tip, "small", (simulated ? "measured " : "") + `median [95 % interval]${simulated ? ", simulated and its error; " : ", "}${here[0].n} generations` + (svg.dataset.note ? `, ${svg.dataset.note}` : ""));
+    put(tip, "small", (simulated ? "measured " : "") + `median${here.some((p) => p.value.includes("[")) ? " [95 % interval]" : ""}${simulated ? ", simulated and its error; " : ", "}${here[0].n} generations` + (svg.dataset.note ? `, ${svg.dataset.note}` : ""));
     tip.hidden = false;
     const room = document.documentElement.clientWidth - tip.offsetWidth - 8;
     tip.style.left = `${Math.max(8, Math.min(event.clientX + 16, room)) + scrollX}px`;
@@ -42,10 +42,10 @@
 
   for (const svg of document.querySelectorAll("svg.chart")) {
     const points = [...svg.querySelectorAll(".pt")].map((g) => {
-      const place = g.firstChild.transform.baseVal.getItem(0).matrix;
+      const place = g.transform.baseVal.getItem(0).matrix;
       const series = g.parentNode;
       return {
-        x: place.e, y: place.f, at: `${g.dataset.at} ms RTT`, value: `${g.dataset.value} ms`, n: g.dataset.n,
+        x: place.e, y: place.f, at: `${g.dataset.at} ms RTT`, value: g.dataset.value + svg.dataset.suffix, n: g.dataset.n,
         sim: g.dataset.sim, name: series.dataset.name, cls: series.getAttribute("class"),
       };
     });
