@@ -64,8 +64,8 @@ class DraftStream:
     """Drafting, sending and taking commits for one generation, over as many connections as it takes."""
 
     __slots__ = (
-        "_bars", "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node", "_numbers", "_pace",
-        "_pings", "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size", "_waiter",
+        "_bars", "_began", "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node", "_numbers",
+        "_pace", "_pings", "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size", "_waiter",
     )  # fmt: skip
 
     def __init__(self, run: Generation, compute: Compute, drafter: Drafter, node: Dialer) -> None:
@@ -81,6 +81,7 @@ class DraftStream:
         self._pings: dict[int, float] = {}  # by nonce: when it left
         self._waiter: asyncio.Future[None] | None = None
         self._token_s = math.nan
+        self._began = False
         self._bars: deque[tuple[float, float, int]] = deque(
             maxlen=BARS
         )  # drafting: from, to, place in events
@@ -118,6 +119,7 @@ class DraftStream:
         """Go on over a connection until the text is finished. Raises what it and `Generation.next` raise."""
         self._cut()
         self._empty_at = -1
+        self._began = False
         async with slot_of(self._compute, self._drafter) as slot:
             await _first_of(self._take(channel), self._draft(channel, slot), *self._pinging(channel))
 
@@ -235,9 +237,10 @@ class DraftStream:
         record.drafted += len(more)
         record.t_draft_s.append(t_draft_s)
         self._bar(begun_s, ended_s)
-        each_s = t_draft_s / len(more)
-        known_s = self._token_s
-        self._token_s = each_s if math.isnan(known_s) else known_s + SMOOTH * (each_s - known_s)
+        if self._began:
+            each_s, known_s = t_draft_s / len(more), self._token_s
+            self._token_s = each_s if math.isnan(known_s) else known_s + SMOOTH * (each_s - known_s)
+        self._began = True  # the first call reads the prompt as well
         if run.epoch == epoch:
             at = len(ids) + len(tail)  # position of the first new draft
             known = max(0, min(len(run.text) - at, len(more)))  # the target may have been there before

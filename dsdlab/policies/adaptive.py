@@ -21,10 +21,12 @@ WORTH = 0.99  # one that drafts must go on promising so much against none that d
 UNLIKELY = 0.01  # drafts that come to be judged more seldom are not worth drafting
 QUIET_TOKENS = 64  # after so many without any draft, acceptance is looked at again
 PROBE_TOKENS = 8
+ENOUGH_TOKENS = 16  # must have been compared before drafting ends
 ALIKE = 1.4  # settings that differ by less stay as they are
 HOLD_SHARE, HOLD_MORE_S = 1.25, 0.010  # how much longer than expected a target waits for drafts
 FIRSTS = (1, 2, 3, 4, 6, 8, 12)
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+FIRST_BESIDE = 4
 BESIDES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
@@ -67,7 +69,7 @@ FREE = Plan(1, 0, False)
 class AdaptiveController(WindowPolicy):
     """Picks among all modes within one session.
 
-    gamma: window of the drafter beside the target until more is known, where one stands there.
+    gamma: window of the drafter beside the target until more is known, where one stands there; 0: four.
     Raises PolicyError for a gamma out of range.
     """
 
@@ -96,7 +98,7 @@ class AdaptiveController(WindowPolicy):
         if rtt_s is not None:
             self._known.observe_rtt(rtt_s)
         if beside:
-            self._plan = Plan(1, min(beside, max(self._gamma, 1)), False)
+            self._plan = Plan(1, min(beside, self._gamma or FIRST_BESIDE), False)
             self._decision = Decision(1, pace=Pace(0.0, beside=self._plan.beside))
 
     def observe_rtt(self, rtt_s: float) -> None:
@@ -151,10 +153,8 @@ class AdaptiveController(WindowPolicy):
         if not present.first and context >= self._quiet_since + QUIET_TOKENS:
             self._probe_until = context + PROBE_TOKENS
         needed = WORTH if present.first else SWITCH  # more to begin with it than to go on
-        if context < self._probe_until or costs[drafting] < needed * costs[quiet]:
-            best = drafting
-        else:
-            best = quiet
+        probing = context < self._probe_until or (present.first and self._known.compared < ENOUGH_TOKENS)
+        best = drafting if probing or costs[drafting] < needed * costs[quiet] else quiet
         if bool(best.first) == bool(present.first) and costs[best] > SWITCH * costs[present]:
             best = present
         if present.first and not best.first:

@@ -11,8 +11,8 @@ from collections import deque
 
 from dsdlab.policies.base import Outcome
 
-ALPHA_FIRST, ALPHA_WEIGHT = 0.6, 3.0  # what is believed before anything was compared, and as how many tokens
-ALPHA_MEMORY = 60.0  # tokens
+ALPHA_FIRST, ALPHA_WEIGHT = 0.6, 8.0  # what is believed before anything was compared, and as how many tokens
+ALPHA_MEMORY = 40.0  # tokens
 ALPHA_SHARED = 30.0  # tokens as which the acceptance of both drafters together counts for each
 ALPHA_LEAST, ALPHA_MOST = 0.02, 0.98
 COST_MEMORY = 24.0  # steps
@@ -111,14 +111,16 @@ class Estimates:
     """All of it, fed by Outcomes and round trips. Times are NaN until they are known."""
 
     __slots__ = (
-        "_both", "_here", "_there", "_trips", "beside_s", "busy_share", "queue_s", "round_s", "rtt_s",
-        "token_s", "verify",
+        "_beside_began", "_both", "_here", "_there", "_trips", "beside_s", "busy_share", "compared",
+        "queue_s", "round_s", "rtt_s", "token_s", "verify",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._both = Rate(ALPHA_FIRST, ALPHA_WEIGHT)
         self._here, self._there = Rate(), Rate()
+        self.compared = 0  # tokens in all: how much is behind `alpha`
         self.verify = Line()
+        self._beside_began = False
         self.beside_s = Mean(TOKEN_MEMORY)  # a token of the drafter beside the target
         self.busy_share = Mean(COST_MEMORY)  # of a step, while this node drafted
         self.queue_s = Mean(COST_MEMORY)
@@ -140,6 +142,7 @@ class Estimates:
     def observe(self, outcome: Outcome) -> None:
         """Learn from a step of the target."""
         if outcome.compared:
+            self.compared += outcome.compared
             self._here.add(outcome.agreed, outcome.compared)
             self._both.add(outcome.agreed, outcome.compared)
         if outcome.beside == outcome.drafted > 0:
@@ -147,7 +150,9 @@ class Estimates:
             self._there.add(outcome.accepted, judged)
             self._both.add(outcome.accepted, judged)
         if outcome.beside:
-            self.beside_s.add(outcome.t_beside_s / outcome.beside)
+            if self._beside_began:
+                self.beside_s.add(outcome.t_beside_s / outcome.beside)
+            self._beside_began = True  # the first time it reads the prompt as well
         self.verify.add(outcome.drafted, outcome.overlap_s, outcome.t_verify_s)
         if outcome.drafted > outcome.beside or outcome.overlap_s > 0.0:
             self.busy_share.add(outcome.overlap_s / max(outcome.t_verify_s, 1e-6))
