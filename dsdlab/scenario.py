@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_valid
 from dsdlab.decoding import Sampling
 from dsdlab.nodes.request import MODES
 from dsdlab.policies import RUN_AHEAD
+from dsdlab.scenario_edges import check_edges
 from dsdlab.scenario_fleet import Fleet, check_fleet
 from dsdlab.scenario_modes import check_ways, ways_of
 from dsdlab.scenario_parts import (
@@ -74,6 +75,7 @@ class Cell(Part):
     slow_start_after_idle: bool = True
     rto_min_ms: float = 200.0
     nodelay: bool = True
+    edges: int = 1
 
     @property
     def tcp(self) -> TcpRegime:
@@ -108,6 +110,7 @@ class Scenario(Part):
     def _possible(self) -> Scenario:
         """Refuse here what would fail only once the testbed stands. Raises ValueError, field first."""
         self._check_run()
+        check_edges(self.grid, self.run, self.models)
         check_ways(self.grid)
         check_fleet(self.fleet, self.grid, self.link, self.run)
         check_acceptance(self.simulate.alpha, self.simulate.persist)
@@ -226,7 +229,8 @@ class Scenario(Part):
             self.sampling.temperature, t.congestion, t.slow_start_after_idle, t.rto_min_ms, t.nodelay,
             g.loss_pct, g.loss_burst, g.rate_mbit, g.jitter_ms, g.rtt_ms,
         )  # fmt: skip
-        for heat, congestion, slow_start, rto_min_ms, nodelay, loss, burst, rate, jitter, rtt in links:
+        for edges, link in itertools.product(g.edges, links):
+            heat, congestion, slow_start, rto_min_ms, nodelay, loss, burst, rate, jitter, rtt = link
             for way in ways:
                 cell = Cell(
                     **way._asdict(),
@@ -240,13 +244,14 @@ class Scenario(Part):
                     slow_start_after_idle=slow_start,
                     rto_min_ms=rto_min_ms,
                     nodelay=nodelay,
+                    edges=edges,
                 )
                 out[cell] = None
         return list(out)
 
     def cell_id(self, cell: Cell) -> str:
         """A content hash: the same work has the same id in every scenario that contains it."""
-        late = {"run_ahead", "free_run", "beside"}  # an id must not change where they are not used
+        late = {"run_ahead", "free_run", "beside", "edges"}  # an id must not change where they are not used
         work = {
             "cell": {k: v for k, v in cell if k not in late or v != Cell.model_fields[k].default},
             "models": self.models.model_dump(exclude_none=True),

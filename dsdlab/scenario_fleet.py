@@ -77,6 +77,10 @@ def check_fleet(fleet: Fleet | None, grid: Grid, link: LinkPart, run: Run) -> No
         if mode not in FLEET_MODES:
             why = ", and shares nothing" if mode == "edge-sd" else ""
             raise ValueError(f"grid.mode is {mode!r} with [fleet]{why}; allowed: {', '.join(FLEET_MODES)}")
+    if grid.edges != [1]:
+        raise ValueError(
+            f"grid.edges is {grid.edges} with [fleet]; allowed: [1], fleet.drafters says how many"
+        )
     if link.reorder_pct:
         raise ValueError(f"link.reorder_pct is {link.reorder_pct:g} with [fleet]; allowed: 0")
     if link.steps:

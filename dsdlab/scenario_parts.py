@@ -22,6 +22,7 @@ LinkName = Literal["auto", "modelled", "netem", "netem-uml", "wan"]
 
 Window = Annotated[int, Field(ge=0, le=MAX_WINDOW)]
 RunAhead = Annotated[int, Field(ge=1, le=MAX_RUN_AHEAD)]
+Edges = Annotated[int, Field(ge=1, le=64)]
 Rtt = Annotated[float, Field(ge=0, le=10_000)]
 Rate = Annotated[float, Field(ge=0.001, le=100_000)] | Literal["unlimited"]
 Loss = Annotated[float, Field(ge=0, le=50)]
@@ -90,7 +91,8 @@ class Grid(Axes):
 
     run_ahead: tokens drafted and not yet judged (`dsd-pipelined`, `dsd-stream`). free_run: whether the target
     decodes alone while no draft waits (`dsd-stream`). beside: window of a drafter at the target that fills up
-    such steps (`dsd-stream` with free_run, `dsd-adaptive`); 0: none stands there.
+    such steps (`dsd-stream` with free_run, `dsd-adaptive`); 0: none stands there. edges: so many edge nodes
+    generate at once, each over a link of its own, with one verifier; a repetition for each of them.
     """
 
     mode: Annotated[list[Mode], Field(min_length=1)] = ["cloud-ar", "cloud-sd", "dsd-sync"]
@@ -101,6 +103,7 @@ class Grid(Axes):
     ]
     free_run: Annotated[list[bool], Field(min_length=1)] = [False]
     beside: Annotated[list[Window], Field(min_length=1)] = [0]
+    edges: Annotated[list[Edges], Field(min_length=1)] = [1]
     rtt_ms: Annotated[list[Rtt], Field(min_length=1)]
     rate_mbit: Annotated[list[Rate], Field(min_length=1)] = ["unlimited"]
     loss_pct: Annotated[list[Loss], Field(min_length=1)] = [0.0]

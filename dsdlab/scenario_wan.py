@@ -9,7 +9,7 @@ __all__ = ["check_wan"]
 
 WAN = "wan"
 # what would shape the link, or the verifier's TCP, which is not ours
-_AXES = ("rate_mbit", "loss_pct", "loss_burst", "jitter_ms")
+_AXES = ("rate_mbit", "loss_pct", "loss_burst", "jitter_ms", "edges")
 
 
 def check_wan(run: Run, grid: Grid, link: LinkPart, tcp: Tcp) -> None:

@@ -78,7 +78,7 @@ class Testbed:
     """`async with Testbed(…) as bed:` a verifier and edge nodes with a link to each, ready to generate.
 
     run_dir: logs and the ledger of what was made go here.
-    target, drafter, precision: as `dsdlab node` takes them.
+    target, drafter, precision: as `dsdlab node` takes them. edge_models: what edge nodes load in their place.
     runtime, link: names of scenario files, neither "auto" (see `testbed.host`).
     profiles: what the link of each edge node does until `set_link`; as many edge nodes as there are profiles.
     tcp: the regime until `set_tcp`.
@@ -102,6 +102,7 @@ class Testbed:
         *,
         target: str,
         drafter: str,
+        edge_models: tuple[str | None, str | None] = (None, None),
         precision: str = "bf16",
         runtime: str = "process",
         link: str = "modelled",
@@ -127,7 +128,11 @@ class Testbed:
         self.tcp = tcp or TcpRegime()
         self.cpus = cpus or (CpuSplit.default() if external is None else CpuSplit.edge_alone())
         self._limits = {True: edge_limits or NodeLimits(), False: cloud_limits or NodeLimits()}
-        self._models = ("--target", target, "--drafter", drafter, "--precision", precision)
+        here = (edge_models[0] or target, edge_models[1] or drafter)
+        self._models = {  # by whether it is an edge node
+            edge: ("--target", models[0], "--drafter", models[1], "--precision", precision)
+            for edge, models in ((False, (target, drafter)), (True, here))
+        }
         self._token = (token or secrets.token_hex(16)) if external is None else (token or "")
         self._edge_target = edge_target
         self._node_args = tuple(node_args)
@@ -239,7 +244,7 @@ class Testbed:
         common = ("--control", "stdio", *secret, "--threads", str(len(cpus)))
         return NodeSpec(
             name=name,
-            args=(*self._command, "drafter" if edge else "verifier", *self._models, *args, *common,
+            args=(*self._command, "drafter" if edge else "verifier", *self._models[edge], *args, *common,
                   *self._node_args),
             files={"token": self._token + "\n"} if self._token else {},
             cpus=cpus,

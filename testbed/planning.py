@@ -94,6 +94,8 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         axes["free run"] = lambda c: "yes" if c.free_run else "–"
     if any(c.beside for c in cells):
         axes["beside"] = lambda c: str(c.beside or "–")
+    if any(c.edges != 1 for c in cells):
+        axes["edges"] = lambda c: str(c.edges)
     if any(c.loss_burst != 1.0 for c in cells):
         axes["burst"] = lambda c: f"{c.loss_burst:g}"
     if any(c.jitter_ms for c in cells):

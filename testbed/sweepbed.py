@@ -26,6 +26,8 @@ def bed_of(scenario: Scenario, run_dir: Path, external: Endpoint | None = None) 
         run_dir,
         target=scenario.models.target,
         drafter=scenario.models.drafter,
+        edge_models=(scenario.models.edge_target, scenario.models.edge_drafter),
+        profiles=[LinkProfile()] * max(scenario.grid.edges),
         precision=scenario.models.precision,
         runtime=scenario.run.runtime,
         link=scenario.run.link,
@@ -44,24 +46,28 @@ class SweepBed:
 
     def __init__(self, testbed: Testbed) -> None:
         self._testbed = testbed
-        self._early: asyncio.Task[LinkMeasure] | None = None  # a calibration under way
+        self._early: dict[int, asyncio.Task[LinkMeasure]] = {}  # by edge: a calibration under way
+        self._first = testbed.tcp  # the regime of every edge's first connection
+        self._dialled: dict[int, TcpRegime] = {}  # by edge: that of the present one
+        self._regime = asyncio.Lock()
 
-    async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
+    async def set_link(self, profile: LinkProfile, tcp: TcpRegime, edge: int = 0) -> dict[str, Any]:
         """The link, the TCP, a fresh connection under both; while it is made, packets measure the link."""
         bed = self._testbed
-        if self._early is not None:
-            self._early.cancel()
-            self._early = None
+        if (early := self._early.pop(edge, None)) is not None:
+            early.cancel()
         try:
-            await bed.set_link(profile)
-            if tcp != bed.tcp:
-                await bed.set_tcp(tcp)
-            elif not bed.lab.boxes:
+            await bed.set_link(profile, edge)
+            async with self._regime:  # it is one for all nodes
+                if tcp != bed.tcp:
+                    await bed.set_tcp(tcp)
+            if tcp == self._dialled.get(edge, self._first) and not bed.lab.boxes:
                 return {}
+            self._dialled[edge] = tcp
             if bed.lab.boxes:
-                self._early = asyncio.create_task(bed.calibrate(profile))
-                self._early.add_done_callback(_look)
-            return {"edge": await bed.reconnect(), **await bed.tcp_state()}
+                self._early[edge] = early = asyncio.create_task(bed.calibrate(profile, edge))
+                early.add_done_callback(_look)
+            return {"edge": await bed.reconnect(edge), **await bed.tcp_state(edge)}
         except (NodeError, TimeoutError) as e:
             raise await self._failed(e) from None
         except (LinkError, RuntimeFailed) as e:
@@ -69,22 +75,26 @@ class SweepBed:
                 raise
             raise CellFailed("failed", str(e)) from None
 
-    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
-        early, self._early = self._early, None
+    async def calibrate(self, profile: LinkProfile, edge: int = 0) -> LinkMeasure:
+        early = self._early.pop(edge, None)
         try:
-            return await (early or self._testbed.calibrate(profile))
+            return await (early or self._testbed.calibrate(profile, edge))
         except (NodeError, TimeoutError) as e:
             raise await self._failed(e, "calibration: ") from None
 
     async def generate(
-        self, job: dict[str, Any], timeout_s: float, timeline: Sequence[tuple[float, LinkProfile, str]]
+        self,
+        job: dict[str, Any],
+        timeout_s: float,
+        timeline: Sequence[tuple[float, LinkProfile, str]],
+        edge: int = 0,
     ) -> Generation:
-        base = self._testbed.profile
+        base = self._testbed.profiles[edge]
         changes: list[tuple[float, str]] = []
-        before = await self._testbed.counters()
-        steps = asyncio.create_task(self._play(timeline, changes))
+        before = await self._testbed.counters(edge)
+        steps = asyncio.create_task(self._play(timeline, changes, edge))
         try:
-            record = await self._testbed.generate(job, timeout_s)
+            record = await self._testbed.generate(job, timeout_s, edge)
         except (NodeError, TimeoutError) as e:
             raise await self._failed(e) from None
         finally:
@@ -92,8 +102,9 @@ class SweepBed:
             with contextlib.suppress(asyncio.CancelledError):
                 await steps
             if timeline:
-                await self._testbed.set_link(base)
-        return Generation(record=record, link_changes=changes, link_counters=await self._counted(before))
+                await self._testbed.set_link(base, edge)
+        counters = await self._counted(before, edge)
+        return Generation(record=record, link_changes=changes, link_counters=counters)
 
     async def _failed(self, error: NodeError | TimeoutError, what: str = "") -> CellFailed:
         """What a failure is to the sweep. Raises NodeDied when the verifier has ended, LinkError when one
@@ -106,21 +117,21 @@ class SweepBed:
             ) from None
         return CellFailed(_status(error), f"{what}{error}")
 
-    async def _counted(self, before: dict[str, Any]) -> dict[str, Any]:
+    async def _counted(self, before: dict[str, Any], edge: int) -> dict[str, Any]:
         """What went through the link since `before`."""
-        after = await self._testbed.counters()
+        after = await self._testbed.counters(edge)
         names = ("packets", "bytes", "drops")
         return {way: {n: after[way][n] - before[way][n] for n in names} for way in before}
 
     async def _play(
-        self, timeline: Sequence[tuple[float, LinkProfile, str]], changes: list[tuple[float, str]]
+        self, timeline: Sequence[tuple[float, LinkProfile, str]], changes: list[tuple[float, str]], edge: int
     ) -> None:
         """Change the link by `timeline`, noting when it really was."""
         loop = asyncio.get_running_loop()
         begun_s = loop.time()
         for at_s, profile, what in timeline:
             await asyncio.sleep(begun_s + at_s - loop.time())
-            await self._testbed.set_link(profile)
+            await self._testbed.set_link(profile, edge)
             changes.append((loop.time() - begun_s, what))
 
 

@@ -255,10 +255,10 @@ def closed_form_inputs(rows: Sequence[Row]) -> list[Inputs]:
 
 
 def plain_conditions(rows: Sequence[Row]) -> set[Condition]:
-    """Conditions that the closed form speaks of: one link throughout, one rate for both directions."""
+    """Conditions that the closed form speaks of: one edge, one link throughout, one rate both ways."""
     plain = {condition_of(row) for row in rows}
     for row in rows:
         rates = {row.link_asked.get(f"rate_{way}_mbit", row.rate_mbit) for way in ("up", "down")}
-        if row.link_steps or rates != {row.rate_mbit}:
+        if row.edges != 1 or row.link_steps or rates != {row.rate_mbit}:
             plain.discard(condition_of(row))
     return plain

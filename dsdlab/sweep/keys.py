@@ -57,8 +57,8 @@ class Variant(NamedTuple):
 class Condition(NamedTuple):
     """Everything but the RTT that two cells must share to be compared. `rate_mbit` None: unlimited.
 
-    `extra` says, for people, what else differs from a plain link and the hosts' usual TCP: jitter, bursts,
-    the TCP regime, changes during the generation; empty where nothing does.
+    `extra` says, for people, what else differs from one edge over a plain link with the hosts' usual TCP: how
+    many edges, jitter, bursts, the TCP regime, changes during the generation; empty where nothing does.
     """
 
     runtime: str
@@ -111,7 +111,8 @@ def condition_of(row: Row) -> Condition:
 def extra_of(row: Row) -> str:
     """What `Condition.extra` says of a row."""
     asked = row.link_asked
-    words = [f"jitter {row.jitter_ms:g} ms"] if row.jitter_ms else []
+    words = [f"{row.edges} edges at once"] if row.edges != 1 else []
+    words += [f"jitter {row.jitter_ms:g} ms"] if row.jitter_ms else []
     words += [f"bursts of {row.loss_burst:g}"] if row.loss_burst != 1.0 else []
     for way in ("up", "down"):  # a direction's own rate; the condition's is the grid's
         rate = asked.get(f"rate_{way}_mbit", row.rate_mbit)

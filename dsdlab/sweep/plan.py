@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Collection, Sequence
@@ -35,6 +36,11 @@ class Job:
     def key(self) -> tuple[str, int]:
         return self.cell_id, self.rep
 
+    @property
+    def batch(self) -> tuple[str, int]:
+        """The same for jobs that run at once, each on an edge of its own."""
+        return self.cell_id, self.rep // self.cell.edges
+
 
 def sampling_json(sampling: Sampling) -> dict[str, Any]:
     """A sampling as control lines and references carry it."""
@@ -53,7 +59,7 @@ def plan_jobs(
 
     Each repetition is a block that covers the whole grid in its own random order (seeded), so that a
     slow drift of the machine falls on all cells alike. Repetition r uses prompt r mod n and seed r in
-    every cell.
+    every cell. A cell of several edges has as many repetitions at once, in the block of the first.
     """
     cells = [(scenario.cell_id(c), c) for c in scenario.cells()]
     shuffle = random.Random(scenario.run.seed)
@@ -61,13 +67,19 @@ def plan_jobs(
     for rep in range(scenario.run.repeats):
         order = cells.copy()
         shuffle.shuffle(order)
-        at = rep % len(prompts)
         for cell_id, cell in order:
-            sampling = scenario.sampling_of(cell, rep)
-            ids = tuple(prompt_ids[at])
-            key = reference_key(scenario, ids, sampling)
-            jobs.append(Job(cell_id, cell, rep, prompts[at], ids, sampling, key))
+            for one in range(rep, rep + cell.edges) if rep % cell.edges == 0 else ():
+                at = one % len(prompts)
+                sampling = scenario.sampling_of(cell, one)
+                ids = tuple(prompt_ids[at])
+                key = reference_key(scenario, ids, sampling)
+                jobs.append(Job(cell_id, cell, one, prompts[at], ids, sampling, key))
     return jobs
+
+
+def batches_of(jobs: Sequence[Job]) -> list[list[Job]]:
+    """Jobs that run at once together, in order."""
+    return [list(batch) for _, batch in itertools.groupby(jobs, key=lambda job: job.batch)]
 
 
 def reference_key(scenario: Scenario, ids: Sequence[int], sampling: Sampling) -> str:
@@ -105,9 +117,11 @@ def content_digest(scenario: Scenario, prompts: Sequence[Prompt]) -> str:
 
 
 def remaining(jobs: Sequence[Job], rows: Sequence[Row]) -> list[Job]:
-    """Jobs without a good row; a failed, timed-out or excluded one is tried again."""
+    """Jobs without a good row, and those that ran at once with one; a failed, timed-out or excluded one is
+    tried again."""
     done: Collection[tuple[str, int]] = {(r.cell, r.rep) for r in rows if r.usable}
-    return [j for j in jobs if j.key not in done]
+    missing = {job.batch for job in jobs if job.key not in done}
+    return [job for job in jobs if job.batch in missing]
 
 
 def estimate_s(jobs: Sequence[Job], max_new_tokens: int) -> float:

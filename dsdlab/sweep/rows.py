@@ -35,6 +35,7 @@ class Row(msgspec.Struct, kw_only=True):
     run_ahead: int = RUN_AHEAD  # these three have their defaults where they do not concern the mode
     free_run: bool = False
     beside: int = 0
+    edges: int = 1  # that generated at once
     runtime: str
     link: str
     rtt_ms: float

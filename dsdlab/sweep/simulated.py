@@ -55,6 +55,7 @@ def cell_row(
         run_ahead=axes.get("run_ahead", RUN_AHEAD),
         free_run=axes.get("free_run", False),
         beside=axes.get("beside", 0),
+        edges=axes.get("edges", 1),
         runtime=runtime,
         link=link,
         rtt_ms=axes["rtt_ms"],

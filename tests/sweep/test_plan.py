@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsdlab.scenario import Scenario, ScenarioError, load_scenario
-from dsdlab.sweep.plan import estimate_s, plan_jobs, remaining
+from dsdlab.sweep.plan import batches_of, estimate_s, plan_jobs, remaining
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.workload import Prompt, load_prompts
 
@@ -82,6 +82,40 @@ def test_remaining_keeps_good_rows_and_retries_failed_ones(tmp_path: Path) -> No
     left = remaining(jobs, [row(0, "ok"), row(1, "failed"), row(2, "timeout")])
     assert [j.key for j in left] == [j.key for j in jobs[1:]]
     assert 0 < estimate_s(left, 40) < 3600
+
+
+def test_edges_run_as_many_repetitions_at_once() -> None:
+    s = Scenario.model_validate(
+        {
+            "name": "s",
+            "grid": {"mode": ["cloud-ar", "dsd-sync"], "rtt_ms": [5], "edges": [1, 2]},
+            "run": {"repeats": 4},
+        }
+    )
+    jobs = plan_jobs(s, PROMPTS, [[1], [2]])
+    assert len(jobs) == len({j.key for j in jobs}) == 4 * 4
+    batches = batches_of(jobs)
+    assert sorted(len(b) for b in batches) == [1] * 8 + [2] * 4
+    for batch in batches:
+        assert len({j.cell_id for j in batch}) == 1
+        assert len(batch) == batch[0].cell.edges
+        assert len({j.sampling.seed for j in batch}) == len({j.prompt.key for j in batch}) == len(batch)
+        assert [j.rep for j in batch] == list(range(batch[0].rep, batch[0].rep + len(batch)))
+    alone = {j.rep: j for j in jobs if j.cell.edges == 1 and j.cell.mode == "dsd-sync"}
+    for job in (j for j in jobs if j.cell.edges == 2 and j.cell.mode == "dsd-sync"):
+        assert (job.prompt, job.sampling) == (alone[job.rep].prompt, alone[job.rep].sampling), "paired"
+
+    rows = [
+        Row(
+            cell=job.cell_id, rep=job.rep, status="ok", mode=job.cell.mode, policy="static", gamma=0,
+            runtime="process", link="modelled", rtt_ms=5.0,
+        )
+        for job in jobs
+    ]  # fmt: skip
+    two = next(k for k, job in enumerate(jobs) if job.cell.edges == 2)
+    rows[two + 1].status = "failed"
+    left = remaining(jobs, rows)
+    assert left == jobs[two : two + 2], "both run again, for a load must be whole"
 
 
 def test_builtin_prompts_and_shipped_scenarios() -> None:

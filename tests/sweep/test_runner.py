@@ -43,12 +43,14 @@ class FakeBed:
         self.timeline: Sequence[tuple[float, LinkProfile, str]] = ()
         self.generate_fails: CellFailed | None = None
 
-    async def set_link(self, profile: LinkProfile, tcp: TcpRegime) -> dict[str, Any]:
+    async def set_link(self, profile: LinkProfile, tcp: TcpRegime, edge: int = 0) -> dict[str, Any]:
+        assert edge == 0
         self.said.append("set")
         assert profile == LinkProfile(rtt_ms=50, rto_min_ms=tcp.rto_min_ms)
         return {"congestion": "cubic", "rto_min_ms": tcp.rto_min_ms}
 
-    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
+    async def calibrate(self, profile: LinkProfile, edge: int = 0) -> LinkMeasure:
+        assert edge == 0
         self.said.append("calibrate")
         assert profile.rtt_ms == 50
         found = self.rtts_ms.pop(0) if len(self.rtts_ms) > 1 else self.rtts_ms[0]
@@ -57,8 +59,13 @@ class FakeBed:
         return measure(found) if math.isfinite(found) else measure(found, 0)
 
     async def generate(
-        self, job: dict[str, Any], timeout_s: float, timeline: Sequence[tuple[float, LinkProfile, str]]
+        self,
+        job: dict[str, Any],
+        timeout_s: float,
+        timeline: Sequence[tuple[float, LinkProfile, str]],
+        edge: int = 0,
     ) -> Generation:
+        assert edge == 0
         self.said.append("generate")
         assert (job["mode"], job["prompt_ids"], timeout_s) == ("cloud-ar", [1], 120.0)
         self.timeline = timeline
@@ -162,3 +169,78 @@ def test_of_a_wan_nothing_is_asked_but_that_it_holds_still(tmp_path: Path) -> No
         run(bed, tmp_path / "dead", WAN).excluded == "before: no probe came back; after: no probe came back"
     )
     assert bed.said == ["set", "calibrate"] * 3 + ["generate", "calibrate"]
+
+
+class CrowdedBed:
+    """Two edges: notes who does what while whom; one of them may fail."""
+
+    def __init__(self, fails_on: str = "") -> None:
+        self.said: list[tuple[str, int]] = []
+        self.fails_on = fails_on
+        self.busy = self.most_busy = 0
+
+    async def _step(self, what: str, edge: int) -> None:
+        self.said.append((what, edge))
+        await asyncio.sleep(0.01 + 0.01 * edge)
+        if self.fails_on == what and edge == 1:
+            raise CellFailed("timeout", "not finished")
+
+    async def set_link(self, profile: LinkProfile, tcp: TcpRegime, edge: int = 0) -> dict[str, Any]:
+        assert (profile.rtt_ms, tcp) == (50, TcpRegime())
+        await self._step("set", edge)
+        return {}
+
+    async def calibrate(self, profile: LinkProfile, edge: int = 0) -> LinkMeasure:
+        await self._step("calibrate", edge)
+        return measure(profile.rtt_ms + edge / 10)
+
+    async def generate(
+        self, job: dict[str, Any], timeout_s: float, timeline: Sequence[Any], edge: int = 0
+    ) -> Generation:
+        assert timeout_s and not timeline
+        self.busy += 1
+        self.most_busy = max(self.most_busy, self.busy)
+        await self._step("generate", edge)
+        self.busy -= 1
+        ids = [job["sampling"]["seed"] % 1000]
+        return Generation(record=msgspec.to_builtins(GenerationRecord(ids=ids, finish="length")))
+
+
+def crowd(bed: CrowdedBed, folder: Path) -> list[Row]:
+    raw = {
+        "name": "s",
+        "grid": {"mode": ["cloud-ar"], "rtt_ms": [50], "edges": [2]},
+        "run": {"repeats": 2},
+        "sampling": {"temperature": [0.5]},
+    }
+    scenario = Scenario.model_validate(raw)
+    jobs = plan_jobs(scenario, [Prompt("p", "x"), Prompt("q", "y")], [[1], [2]])
+    references = {job.reference: [job.sampling.seed % 1000] for job in jobs}
+    with Store(folder) as store:
+        asyncio.run(run_jobs(scenario, jobs, references, bed, store, lambda _: None))
+    return read_rows(folder)[0]
+
+
+def test_edges_generate_at_once_over_links_of_their_own(tmp_path: Path) -> None:
+    bed = CrowdedBed()
+    rows = crowd(bed, tmp_path)
+    assert bed.most_busy == 2
+    assert [(r.rep, r.prompt, r.edges, r.status, r.exact) for r in rows] == [
+        (0, "p", 2, "ok", True),
+        (1, "q", 2, "ok", True),
+    ]
+    before = [r.link_before.rtt_p50_ms for r in rows if r.link_before]
+    assert before == [50.0, 50.1], "each has the measures of its own link"
+    last_begun = max(k for k, (what, _) in enumerate(bed.said) if what == "generate")
+    assert all(what == "calibrate" for what, _ in bed.said[last_begun + 1 :])
+    assert len(bed.said) == 2 * 4
+
+
+@pytest.mark.parametrize("what", ["set", "generate"])
+def test_a_load_that_is_not_whole_counts_for_nobody(tmp_path: Path, what: str) -> None:
+    rows = crowd(CrowdedBed(fails_on=what), tmp_path)
+    assert [(r.status, r.error) for r in rows] == [
+        ("timeout", "another of 2 edges failed: not finished"),
+        ("timeout", "not finished"),
+    ]
+    assert not any(r.ids for r in rows)

@@ -111,10 +111,32 @@ def test_what_changes_the_work_changes_the_id(axes: dict[str, Any]) -> None:
 
 
 def test_models_of_the_edge_alone_change_the_id_only_where_they_are_named() -> None:
-    raw = {"name": "s", "grid": {"mode": ["edge-sd"], "rtt_ms": [50]}}
+    models = {"target": "emulated:base_s=0.05", "drafter": "emulated:alpha=0.8"}
+    raw: dict[str, Any] = {"name": "s", "grid": {"mode": ["edge-sd"], "rtt_ms": [50]}, "models": models}
     plain = Scenario.model_validate(raw)
-    slow = Scenario.model_validate(raw | {"models": {"edge_target": "emulated:base_s=0.5"}})
+    slow = Scenario.model_validate(raw | {"models": {**models, "edge_target": "emulated:base_s=0.5"}})
     assert plain.cell_id(plain.cells()[0]) != slow.cell_id(slow.cells()[0])
+    with pytest.raises(ValueError, match=r"models\.edge_target is 'other' with models\.target"):
+        Scenario.model_validate(raw | {"models": {**models, "edge_target": "other"}})
+    with pytest.raises(ValueError, match=r"models\.edge_drafter is 'emulated:' with models\.target 'smol"):
+        Scenario.model_validate(raw | {"models": {"edge_drafter": "emulated:"}})
+
+
+def test_edges_share_the_repetitions() -> None:
+    raw: dict[str, Any] = {
+        "name": "s",
+        "grid": {"mode": ["cloud-ar"], "rtt_ms": [50], "edges": [1, 2, 4]},
+        "run": {"repeats": 8},
+    }
+    scenario = Scenario.model_validate(raw)
+    cells = scenario.cells()
+    assert [c.edges for c in cells] == [1, 2, 4]
+    assert scenario.cell_id(cells[0]) == scenario.cell_id(grid(mode=["cloud-ar"]).cells()[0])
+    assert len({scenario.cell_id(c) for c in cells}) == 3
+    with pytest.raises(ValueError, match=r"run\.repeats is 6 with grid\.edges 4; allowed: a multiple"):
+        Scenario.model_validate(raw | {"run": {"repeats": 6}})
+    with pytest.raises(ValueError, match=r"grid\.edges is \[1, 2, 4\] with \[fleet\]; allowed: \[1\]"):
+        Scenario.model_validate(raw | {"fleet": {"drafters": [4], "duration_s": 5}})
 
 
 @pytest.mark.parametrize(

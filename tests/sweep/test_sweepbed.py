@@ -24,10 +24,10 @@ class FakeTestbed:
     """Answers what `SweepBed.generate` and `Testbed.calibrate` ask."""
 
     def __init__(self, rtts_ms: list[float] | None = None) -> None:
-        self.profile = BASE
+        self.profiles = [BASE, BASE]
         self.lab = SimpleNamespace(boxes=None)
         self.tcp: TcpRegime | None = None
-        self.reconnect: Any = None
+        self.dialled: list[tuple[int, TcpRegime | None]] = []
         self.packets, self.external = False, None
         self.gone: LinkError | None = None
         self.rtts_ms = rtts_ms or []
@@ -36,15 +36,27 @@ class FakeTestbed:
         self.lasts_s = 0.0
         self.fails: Exception | None = None
 
-    async def set_link(self, profile: LinkProfile) -> None:
-        self.profile = profile
+    async def set_link(self, profile: LinkProfile, edge: int = 0) -> None:
+        self.profiles[edge] = profile
         self.applied.append((asyncio.get_running_loop().time(), profile))
 
     async def check_verifier(self) -> None:
         if self.gone is not None:
             raise self.gone
 
-    async def counters(self) -> dict[str, Any]:
+    async def set_tcp(self, regime: TcpRegime) -> None:
+        await asyncio.sleep(0.01)
+        self.tcp = regime
+
+    async def tcp_state(self, edge: int = 0) -> dict[str, Any]:
+        return {"verifier": {"of": edge}}
+
+    async def reconnect(self, edge: int = 0) -> dict[str, Any]:
+        self.dialled.append((edge, self.tcp))
+        return {"of": edge}
+
+    async def counters(self, edge: int = 0) -> dict[str, Any]:
+        assert edge == 0
         self.packets += 10
         return {"up": {"packets": self.packets, "bytes": 0, "drops": 1}}
 
@@ -53,12 +65,13 @@ class FakeTestbed:
         out, self.rtts_ms = self.rtts_ms[:n], self.rtts_ms[n:]
         return out
 
-    async def calibrate(self, profile: LinkProfile) -> LinkMeasure:
+    async def calibrate(self, profile: LinkProfile, edge: int = 0) -> LinkMeasure:
         if self.fails is not None:
             raise self.fails
-        return await Testbed.calibrate(self, profile)  # type: ignore[arg-type]
+        return await Testbed.calibrate(self, profile, edge)  # type: ignore[arg-type]
 
-    async def generate(self, job: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+    async def generate(self, job: dict[str, Any], timeout_s: float, edge: int = 0) -> dict[str, Any]:
+        assert edge == 0
         await asyncio.sleep(self.lasts_s)
         if self.fails is not None:
             raise self.fails
@@ -114,7 +127,7 @@ def test_the_link_is_put_back_when_the_generation_fails() -> None:
     with pytest.raises(CellFailed, match="not finished") as caught:
         asyncio.run(bed(fake).generate({}, 1.0, timeline))
     assert caught.value.status == "timeout"
-    assert fake.profile == BASE
+    assert fake.profiles == [BASE, BASE]
 
 
 def test_without_a_timeline_nothing_is_applied() -> None:
@@ -147,11 +160,11 @@ def test_a_measurement_that_nobody_waits_for_dies_in_silence(caplog: pytest.LogC
     fake.lab, fake.tcp = SimpleNamespace(boxes=True), TcpRegime()
     fake.fails = NodeDied("edge0 was killed")
 
-    async def reconnect() -> dict[str, Any]:
+    async def reconnect(edge: int = 0) -> dict[str, Any]:
         await asyncio.sleep(0.01)
-        raise NodeDied("edge0 was killed")
+        raise NodeDied(f"edge{edge} was killed")
 
-    fake.reconnect = reconnect
+    fake.reconnect = reconnect  # type: ignore[method-assign]
 
     async def main() -> None:
         with pytest.raises(NodeDied):
@@ -160,6 +173,29 @@ def test_a_measurement_that_nobody_waits_for_dies_in_silence(caplog: pytest.LogC
     asyncio.run(main())
     gc.collect()
     assert caplog.records == []
+
+
+def test_edges_dial_anew_once_the_tcp_of_all_has_changed() -> None:
+    """Several at once, on links that are only modelled: there a connection stays while its regime does."""
+    fake, first, second = FakeTestbed(), TcpRegime(), TcpRegime(nodelay=False)
+    fake.tcp = first
+
+    async def main() -> None:
+        sweepbed = bed(fake)
+
+        async def together(tcp: TcpRegime) -> list[dict[str, Any]]:
+            return await asyncio.gather(*(sweepbed.set_link(LinkProfile(rtt_ms=5), tcp, e) for e in (0, 1)))
+
+        assert await together(first) == [{}, {}]
+        assert await together(second) == [{"edge": {"of": e}, "verifier": {"of": e}} for e in (0, 1)]
+        assert sorted(fake.dialled, key=lambda d: d[0]) == [(0, second), (1, second)]
+        assert await together(second) == [{}, {}]
+        assert await sweepbed.set_link(BASE, first, 0) == {"edge": {"of": 0}, "verifier": {"of": 0}}
+        assert await sweepbed.set_link(BASE, first, 1) == {"edge": {"of": 1}, "verifier": {"of": 1}}
+        assert await sweepbed.set_link(BASE, first, 1) == {}
+
+    asyncio.run(main())
+    assert [p.rtt_ms for p in fake.profiles] == [20, 20]
 
 
 def test_a_wan_is_pinged_without_an_expectation() -> None:
