@@ -2,7 +2,7 @@
 
 from dsdlab.decoding.limits import FINISH_EOS, FINISH_LENGTH, apply_limits
 from dsdlab.decoding.noise import gumbel
-from dsdlab.decoding.pick import pick
+from dsdlab.decoding.pick import confidence, pick
 from dsdlab.decoding.rejection import SparseQ, residual, sample_rejection, sparsify
 from dsdlab.decoding.sampling import Sampling
 from dsdlab.decoding.verify import accepted_length, verify
@@ -15,6 +15,7 @@ __all__ = [
     "SparseQ",
     "accepted_length",
     "apply_limits",
+    "confidence",
     "gumbel",
     "log_softmax",
     "pick",

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from dsdlab.decoding.noise import counter_bits, gumbel_from_bits
 from dsdlab.decoding.sampling import Sampling
-from dsdlab.decoding.warp import warp
+from dsdlab.decoding.warp import log_softmax, warp
 
 # A Gumbel variable passes _TAIL with probability 1 - exp(-exp(-_TAIL)) = 4.5e-5: its bits are then above
 # _TAIL_BITS, which lies a little low so that no rounding can hide one.
@@ -31,6 +31,16 @@ def pick(
     if not sampling.greedy:
         best = _pick_coupled(warp(row, sampling), sampling.seed, position, best, ids)
     return best if ids is None else int(ids[best])
+
+
+def confidence(logits: npt.ArrayLike, sampling: Sampling) -> float:
+    """The highest probability of a row's distribution; of the warped one when sampling. logits: [V].
+
+    A function of the prefix alone: it does not depend on which token is drawn.
+    """
+    row = np.asarray(logits)
+    scores = row if sampling.greedy else warp(row, sampling)
+    return float(np.exp(log_softmax(scores).max()))
 
 
 def _pick_coupled(

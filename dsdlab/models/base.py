@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from dsdlab.decoding import Sampling, pick
+from dsdlab.decoding import Sampling, confidence, pick
 
 Logits = npt.NDArray[np.float32]
 
@@ -96,3 +96,8 @@ class Engine(ABC):
             first = self.length(chunk.slot) - chunk.rows + 1
             out.append([pick(row, sampling, first + r, self.output_ids) for r, row in enumerate(rows)])
         return out
+
+    def choose_surely(self, chunk: Chunk, sampling: Sampling) -> tuple[int, float]:
+        """`choose` for the last position of one chunk, and how sure: see `dsdlab.decoding.confidence`."""
+        row = self.extend([chunk])[0][-1]
+        return pick(row, sampling, self.length(chunk.slot), self.output_ids), confidence(row, sampling)

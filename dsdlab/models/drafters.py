@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -24,6 +25,8 @@ class Drafter(ABC):
     tokenizer: str  # fingerprint; "" fits any
     by_model: Sequence[bool] = ()
     """Of the last `propose`: for each token, whether a model said it (lookup costs nothing)."""
+    confidences: Sequence[float] = ()
+    """Of the last `propose` with `goes_on`: what it was told; NaN where no model spoke."""
 
     @abstractmethod
     def open(self) -> int:
@@ -47,10 +50,15 @@ class Drafter(ABC):
 
         ids: the session's whole text so far (prompt and committed). tail: what was drafted after it and is
         not judged yet. What an earlier call proposed and neither confirms is forgotten here.
-        goes_on: asked after each token but the n-th with the confidences of all so far (see
+        goes_on: asked after each token (but not always the n-th) with the confidences of all so far (see
         `WindowPolicy.goes_on`); False ends the window.
         Fewer than n tokens (even none) mean that the drafter has no better idea.
         """
+
+
+def _always(_: Sequence[float]) -> bool:
+    """A drafter that is asked nothing but how sure it is."""
+    return True
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -97,8 +105,8 @@ class ModelDrafter(Drafter):
     ) -> list[int]:
         whole = [*ids, *tail] if tail else ids
         n = min(n, self.engine.info.max_context - len(whole))
-        self.by_model = (True,) * n  # none for n < 1
         if n <= 0:
+            self.by_model = ()
             return []
         held = self._held[slot]
         # the last token is always computed again if need be: its logits are wanted
@@ -110,12 +118,20 @@ class ModelDrafter(Drafter):
             known = [i if i < self._vocab_size else 0 for i in feed]
         del held[keep:]
         out: list[int] = []
-        while len(out) < n:
-            token = self.engine.choose([Chunk(slot, known, 1)], [sampling])[0][0]
+        confidences: list[float] = []
+        while True:
+            if goes_on is None:
+                token = self.engine.choose([Chunk(slot, known, 1)], [sampling])[0][0]
+            else:
+                token, sure = self.engine.choose_surely(Chunk(slot, known, 1), sampling)
+                confidences.append(sure)
             held += feed
             out.append(token)
+            if len(out) == n or not (goes_on is None or goes_on(confidences)):
+                self.by_model = (True,) * len(out)
+                self.confidences = confidences
+                return out
             feed = known = [token]
-        return out
 
 
 class PromptLookup(Drafter):
@@ -204,18 +220,23 @@ class LookupFirst(Drafter):
     ) -> list[int]:
         out: list[int] = []
         by_model: list[bool] = []
+        confidences: list[float] = []
+        asked = None if goes_on is None else _always
         while len(out) < n:
             at = self._lookup.find(self._slots[slot], ids, [*tail, *out])
             if at < len(ids):
                 out.append(ids[at])
-                by_model.append(False)
-                continue
-            more = self.model.propose(slot, ids, 1, sampling, [*tail, *out])
-            if not more:
-                break
-            out += more
-            by_model.append(True)
-        self.by_model = by_model
+            else:
+                more = self.model.propose(slot, ids, 1, sampling, [*tail, *out], asked)
+                if not more:
+                    break
+                out += more
+            by_model.append(at == len(ids))
+            if goes_on is not None:
+                confidences.append(self.model.confidences[-1] if by_model[-1] else math.nan)
+                if not goes_on(confidences):
+                    break
+        self.by_model, self.confidences = by_model, confidences
         return out
 
 

@@ -30,6 +30,7 @@ from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, M
 
 _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK, _HALF = (1 << 64) - 1, 0xFFFFFFFF
+LEVELS = 256  # of confidence; a power of two
 _SESSIONS = 1 << 16  # sessions whose latest run of the acceptance process is remembered
 
 
@@ -38,9 +39,11 @@ class EmulatedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
     alpha: probability that this model says the target's token at a position (1 for a target), the same at
     every position. persist: mean length of a run of accepted positions, at least the 1/(1 - alpha) of
-    independent ones; 0: independent. accepts: a trace instead: entry i tells whether absolute position i
-    (the prompt's first token is 0) agrees; past its end it repeats. seed: of all processes. vocab_size:
-    tokens are 1 … vocab_size - 1.
+    independent ones; 0: independent. informed: each position's own probability is drawn from
+    Beta(informed · alpha, informed · (1 - alpha)), which the model's confidence tells: the smaller it is, the
+    better the model knows when it is right; 0: it never does, every position has alpha. accepts: a trace
+    instead: entry i tells whether absolute position i (the prompt's first token is 0) agrees; past its end it
+    repeats. seed: of all processes. vocab_size: tokens are 1 … vocab_size - 1.
     """
 
     base_s: float = 0.0
@@ -51,6 +54,7 @@ class EmulatedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
     seed: int = 0
     vocab_size: int = 1024
     persist: float = 0.0
+    informed: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("base_s", "per_token_s", "per_session_s"):
@@ -61,6 +65,10 @@ class EmulatedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
         if not 3 <= self.vocab_size <= 1 << 24:
             raise ValueError(f"vocab_size is {self.vocab_size}; allowed: 3 to 16777216")
         check_persist(self.alpha, self.persist)
+        if not 0.0 <= self.informed <= 1e6:
+            raise ValueError(f"informed is {self.informed}; allowed: 0 to 1e6")
+        if self.informed and (self.persist or self.accepts):
+            raise ValueError(f"informed is {self.informed:g} with persist or accepts; allowed: one of them")
 
     def cost_s(self, tokens: int, batch: int) -> float:
         return self.base_s + self.per_token_s * tokens + self.per_session_s * batch
@@ -125,6 +133,24 @@ def _bits(key: int, position: int) -> int:
     return x ^ (x >> 31)
 
 
+@lru_cache(maxsize=64)
+def _levels(alpha: float, informed: float) -> tuple[float, ...]:
+    """Equally likely values of Beta(informed · alpha, informed · (1 - alpha)) with its mean; none for 0."""
+    if not informed or not 0.0 < alpha < 1.0:
+        return ()
+    from scipy.special import betaincinv  # a third of a second that few need
+
+    shares = (np.arange(LEVELS) + 0.5) / LEVELS
+    values = betaincinv(informed * alpha, informed * (1.0 - alpha), shares)
+    values = np.clip(values + (alpha - values.mean()), 0.0, 1.0)  # what the steps cut off of the tails
+    return tuple(values.tolist())
+
+
+def _level(stream: int, position: int) -> int:
+    """Which level a position has: bits of their own, for those of the token decide whether it agrees."""
+    return _bits(stream ^ _MIX_1, position) >> 32 & (LEVELS - 1)
+
+
 class EmulatedEngine(Engine):
     """An engine that spends a profile's time; `wait` is how (a precise sleep, or a virtual clock).
 
@@ -146,6 +172,7 @@ class EmulatedEngine(Engine):
         self.charge = charge
         fresh = 1 << 32 if profile.fresh == 1.0 else round(profile.fresh * 2**32)
         self._fresh, self._good = fresh, round(profile.alpha * fresh)  # out of 2^32
+        self._levels = _levels(profile.alpha, profile.informed)
         self._runs: dict[int, tuple[int, int, bool]] = {}  # by stream: first and last position known, state
         self.info = ModelInfo(
             model_id="emulated",
@@ -212,9 +239,18 @@ class EmulatedEngine(Engine):
         else:
             u = bits & _HALF
             agrees = u < self._good
-            if self._fresh <= _HALF:
+            if self._levels:
+                agrees = u < self._levels[_level(stream, position)] * 2.0**32
+            elif self._fresh <= _HALF:
                 agrees = self._state(stream, position, u)
         return right if agrees else 1 + right % others
+
+    def confidence(self, sampling_seed: int, position: int) -> float:
+        """The probability with which this model is right at a position, as it knows it."""
+        levels = self._levels
+        if not levels:
+            return self.profile.alpha
+        return levels[_level(_stream(self.profile.seed, sampling_seed), position)]
 
     def _state(self, stream: int, position: int, u: int) -> bool:
         """Whether a position of a chain with memory is accepted; u: its draw out of 2^32.
@@ -259,6 +295,10 @@ class EmulatedEngine(Engine):
             after = self._length[chunk.slot]
             out.append([token(sampling.seed, p) for p in range(after - chunk.rows + 1, after + 1)])
         return out
+
+    def choose_surely(self, chunk: Chunk, sampling: Sampling) -> tuple[int, float]:
+        token = self.choose([chunk], [sampling])[0][-1]
+        return token, self.confidence(sampling.seed, self._length[chunk.slot])
 
 
 def load_emulated(spec: str, slots: int, max_context: int) -> EmulatedEngine:

@@ -19,6 +19,7 @@ from dsdlab.models.base import Engine
 from dsdlab.models.drafters import LOOKUP, Drafter, PromptLookup
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile, parse_profile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
+from dsdlab.nodes.request import EDGE_DRAFTING_MODES
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed
 from dsdlab.scenario import Cell, Scenario
@@ -145,10 +146,11 @@ def simulate_generation(
         here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
         cloud_compute, edge_compute = _compute(cloud), _compute(edge)
         mode = request.mode
+        beside = mode == "cloud-sd" or request.beside > 0
         verifier = VerifierNode(
             pair.target_engine("cloud", cloud_compute, rng),
             cloud_compute,
-            drafter=pair.drafter_on("cloud", cloud_compute, rng) if mode == "cloud-sd" else None,
+            drafter=pair.drafter_on("cloud", cloud_compute, rng) if beside else None,
         )
 
         async def dial() -> Channel:
@@ -157,7 +159,7 @@ def simulate_generation(
         node = DrafterNode(
             dial,
             edge_compute,
-            drafter=pair.drafter_on("edge", edge_compute, rng) if mode in ("dsd-sync", "edge-sd") else None,
+            drafter=pair.drafter_on("edge", edge_compute, rng) if mode in EDGE_DRAFTING_MODES else None,
             target=pair.target_engine("edge", edge_compute, rng) if mode == "edge-sd" else None,
         )
         serving = asyncio.create_task(_serve(verifier, there), name="verifier")
@@ -200,6 +202,9 @@ def request_of(
         sampling=sampling,
         max_new_tokens=scenario.workload.max_new_tokens,
         stop_at_eos=scenario.workload.stop_at_eos,
+        run_ahead=cell.run_ahead,
+        free_run=cell.free_run,
+        beside=cell.beside,
     )
 
 
@@ -278,6 +283,10 @@ def _generation(
         tau=first.tau,
         bytes_up=first.bytes_up,
         bytes_down=first.bytes_down,
+        drafted=first.drafted,
+        wasted=first.wasted,
+        target_s=first.target_s,
+        beside_s=first.beside_s,
     )
 
 
@@ -293,8 +302,10 @@ def _outside(pair: Pair, cell: Cell, jobs: Sequence[Job], scenario: Scenario) ->
         nodes["cloud"].add("drafter")
     elif cell.mode == "edge-sd":
         nodes = {"cloud": set(), "edge": {"target", "drafter"}}
-    elif cell.mode == "dsd-sync":
+    elif cell.mode in EDGE_DRAFTING_MODES:
         nodes["edge"].add("drafter")
+    if cell.beside:
+        nodes["cloud"].add("drafter")
     found = []
     for node, models in nodes.items():
         for model in sorted(models):
