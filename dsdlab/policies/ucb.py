@@ -1,0 +1,76 @@
+"""The UCB window: when to stop drafting, as a bandit that learns each position's acceptance.
+
+To draft one token more is worth its cost while the chance that it is committed, times what a token is worth
+in time, exceeds that cost. That is an optimal stopping problem, whose unknowns are the probabilities that
+position k is accepted given that all before it were (arXiv 2606.20591 poses it so; arXiv 2505.15141 has the
+bandit over windows). A judged window tells about every position up to its first rejection, so that all windows
+are learned from each one (semi-bandit feedback). Each probability enters with its upper confidence bound
+
+    ᾱ_k = min(1, α̂_k + sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows so far
+
+(Auer, Cesa-Bianchi, Fischer, "Finite-time analysis of the multiarmed bandit problem", 2002, with Hoeffding's
+constant), and the window is the γ with the least time per token,
+
+    (γ t_d + round + t_v(γ)) / (1 + Σ_k Π_{i≤k} ᾱ_i).
+
+Positions that were seldom reached look good, so they are tried; what they turn out to be decides.
+"""
+
+from __future__ import annotations
+
+import math
+
+from dsdlab.policies.base import Decision, Outcome, WindowPolicy, check_gamma
+from dsdlab.policies.estimates import Estimates
+
+LARGEST = 16
+KEEP = 0.98  # of what is known, each window: acceptance changes along a text
+FIRST, FIRST_WEIGHT = 0.7, 2.0  # what is believed of a position before its first verdict, and as how many
+CURIOSITY = 0.25  # share of the confidence radius that counts; 1 is the bound itself, which explores for long
+
+
+class UcbWindow(WindowPolicy):
+    """Learns when to stop. gamma: the first window, and the largest if it is above 16.
+
+    Raises PolicyError for a gamma out of range.
+    """
+
+    def __init__(self, gamma: int = 4) -> None:
+        self._first = check_gamma(gamma)
+        most = max(LARGEST, gamma)
+        self._stood = [FIRST * FIRST_WEIGHT] * most  # by position in the window: verdicts that accepted it
+        self._judged = [FIRST_WEIGHT] * most
+        self._windows = 0
+        self._known = Estimates()
+
+    def observe(self, outcome: Outcome) -> None:
+        self._known.observe(outcome)
+        if not outcome.drafted:
+            return
+        self._windows += 1
+        stood, judged = self._stood, self._judged
+        for k in range(len(judged)):
+            stood[k] = stood[k] * KEEP + FIRST * FIRST_WEIGHT * (1.0 - KEEP)  # back to what was believed
+            judged[k] = judged[k] * KEEP + FIRST_WEIGHT * (1.0 - KEEP)
+        for k in range(min(outcome.accepted + 1, outcome.drafted, len(judged))):
+            judged[k] += 1.0
+            stood[k] += k < outcome.accepted
+
+    def decide(self) -> Decision:
+        known = self._known
+        if not self._windows or math.isnan(known.token_s) or math.isnan(known.verify.at_one_s):
+            return Decision(self._first)
+        round_s = known.round_s.value
+        wait_s = (0.0 if math.isnan(round_s) else round_s) + known.queue_s.value + known.verify.at_one_s
+        each_s = known.token_s + known.verify.slope_s
+        log_n = math.log(self._windows + 1.0)
+        best, best_s = 0, wait_s
+        expected = chance = 1.0
+        for k, n in enumerate(self._judged):
+            radius = math.sqrt(log_n / (2.0 * n))
+            chance *= min(1.0, self._stood[k] / n + CURIOSITY * radius)
+            expected += chance
+            tpot_s = (wait_s + (k + 1) * each_s) / expected
+            if tpot_s < best_s:
+                best, best_s = k + 1, tpot_s
+        return Decision(max(best, 1))  # 0 would end learning
