@@ -3,7 +3,7 @@
 To draft one token more is worth its cost while the chance that it is committed, times what a token is worth
 in time, exceeds that cost. That is an optimal stopping problem, whose unknowns are the probabilities that
 position k is accepted given that all before it were (arXiv 2606.20591 poses it so; arXiv 2505.15141 has the
-bandit over windows). A judged window tells about every position up to its first rejection, so that all windows
+bandit over windows). A judged window tells about every position up to its first rejection: all windows
 are learned from each one (semi-bandit feedback). Each probability enters with its upper confidence bound
 
     ᾱ_k = min(1, α̂_k + sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows so far

@@ -7,10 +7,11 @@ that `ModelDrafter` and `LookupFirst` would compute, from what they would hold o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import chain, islice
 
 from dsdlab.decoding import Sampling, verify
 from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
-from dsdlab.models.drafters import Drafter, common_prefix
+from dsdlab.models.drafters import Drafter, GoesOn
 from dsdlab.sim.trace import Proposal, Trace, TracedText, TraceError
 
 __all__ = ["ReplayDrafter", "ReplayTarget", "windows_of"]
@@ -96,22 +97,23 @@ class ReplayTarget(Engine):
 
 
 class _Session:
-    """What the drafter knows of a session, and what its model would hold: keys and values of
-    whole[:base] + held_ids[:n_held], computed for the window at `base`."""
+    """What the drafter knows of a session, and what its model would hold: keys and values of so much of the
+    committed text, and of the tokens `after` it."""
 
-    __slots__ = ("base", "held", "n_held", "seen", "text")
+    __slots__ = ("after", "held", "seen", "text")
 
     def __init__(self) -> None:
         self.text: TracedText | None = None
         self.seen = 0  # tokens of the text known to be those that were asked about
-        self.base = 0
-        self.held = Proposal([], (), 0)
-        self.n_held = 0
+        self.held = 0
+        self.after: list[int] = []
 
 
 class ReplayDrafter(Drafter):
     """The recorded drafter, of any kind: a model, lookup, or lookup first.
 
+    After a tail it says what was recorded at the last position up to which the tail is right. INVARIANT S9:
+    behind a wrong token nothing that it says can be accepted, so that it may say anything there.
     Raises TraceError where the text is not the recorded one, or a longer window is wanted than was recorded.
     """
 
@@ -131,7 +133,19 @@ class ReplayDrafter(Drafter):
     def close(self, slot: int) -> None:
         self._sessions.pop(slot, None)
 
-    def propose(self, slot: int, ids: Sequence[int], n: int, sampling: Sampling) -> list[int]:
+    def propose(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        tail: Sequence[int] = (),
+        goes_on: GoesOn | None = None,
+    ) -> list[int]:
+        if goes_on is not None:
+            raise TraceError(
+                "a trace records no confidences; allowed: a window policy that does not stop by them"
+            )
         session = self._sessions[slot]
         base = len(ids)
         text = session.text
@@ -139,44 +153,71 @@ class ReplayDrafter(Drafter):
             found = self._trace.find(ids, sampling)
             if found is not text:  # a text that began, or another one
                 text = session.text = found
-                session.n_held = session.base = 0
+                session.held, session.after = 0, []
         session.seen = base
-        at = base - len(text.prompt_ids) - 1
-        if at < 0 or at >= len(text.proposals):
-            raise TraceError(f"the trace has no window after {base} tokens of prompt {text.prompt}")
-        window = text.proposals[at]
-        if n > self._trace.gamma == len(window.ids):
-            raise TraceError(f"the trace has windows of {self._trace.gamma} tokens; asked for {n}")
-        if window.places and window.places[0] < n:
-            self._spend(session, text.whole, base, window, n, 0 if sampling.greedy else 1)
-        return window.ids[: max(n, 0)]
-
-    def _spend(
-        self, session: _Session, whole: list[int], base: int, window: Proposal, n: int, drawn: int
-    ) -> None:
-        """Charge the forwards of a window's first n tokens, and note what the model holds after them.
-        drawn: whether tokens are, 1 or 0."""
-        charge = self._charge
-        fed = min(self._kept(session, whole, base, window), base + window.places[0] - 1)
-        for place in window.places:
-            if place >= n:
-                break
-            end = base + place  # the text and the window before this place
-            charge(end - fed, 1, fed, drawn)
-            fed = end
-        session.base, session.held, session.n_held = base, window, fed - base
+        if n <= 0:
+            return []
+        if tail:
+            out, places = self._behind(text, base, list(tail), n)
+        else:
+            window = self._window(text, base)
+            if window is None:
+                raise TraceError(f"the trace has no window after {base} tokens of prompt {text.prompt}")
+            if n > self._trace.gamma == len(window.ids):
+                raise TraceError(f"the trace has windows of {self._trace.gamma} tokens; asked for {n}")
+            out, places = window.ids[:n], window.places
+        self._spend(session, text, base, tail, out, places, 0 if sampling.greedy else 1)
+        return out
 
     @staticmethod
-    def _kept(session: _Session, whole: list[int], base: int, window: Proposal) -> int:
-        """How much of what the model holds is right for the window's first forward."""
-        until = session.base + session.n_held
-        right = session.base + min(session.held.agrees, session.n_held)
-        if right < until and right < base:  # its first wrong draft was refused: the usual case
-            return right
-        if until <= base:
-            return until
-        held = whole[: session.base] + session.held.ids[: session.n_held]
-        return common_prefix(held, whole[:base] + window.ids[: window.places[0]])
+    def _window(text: TracedText, base: int) -> Proposal | None:
+        at = base - text.first_base
+        return text.proposals[at] if 0 <= at < len(text.proposals) else None
+
+    def _behind(
+        self, text: TracedText, base: int, tail: list[int], n: int
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """What is said after text and tail, and which places of it the model says."""
+        k = len(tail)
+        window = self._window(text, base)
+        if window is not None and window.ids[:k] == tail and len(window.ids) > k:
+            return window.ids[k : k + n], tuple(place - k for place in window.places if place >= k)
+        if text.said[base : base + k] == tail and (window := self._window(text, base + k)) is not None:
+            return window.ids[:n], window.places
+        return tail[-1:], (0,)
+
+    def _spend(
+        self,
+        session: _Session,
+        text: TracedText,
+        base: int,
+        tail: Sequence[int],
+        out: Sequence[int],
+        places: tuple[int, ...],
+        drawn: int,
+    ) -> None:
+        """Charge the model's forwards for its places among `out`, and note what it then holds.
+        drawn: whether tokens are, 1 or 0."""
+        if not places or places[0] >= len(out):
+            return
+        known = base + len(tail)
+        held = session.held
+        if session.after:
+            now = chain(islice(text.whole, held, base), tail, out[: places[0]])
+            for token, here in zip(session.after, now, strict=False):
+                if token != here:
+                    break
+                held += 1
+        held = min(
+            held, known + places[0] - 1
+        )  # the last token is always computed again: its logits are wanted
+        for place in places:
+            if place >= len(out):
+                break
+            end = known + place  # the text, the tail and what was said before this place
+            self._charge(end - held, 1, held, drawn)
+            held = end
+        session.held, session.after = base, [*tail, *out[: held - known]]
 
 
 def windows_of(
