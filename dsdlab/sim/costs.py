@@ -202,6 +202,27 @@ class NodeCosts(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 cost.check(f"{where}.{model}")
 
 
+class Contention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How many times longer computing takes on one node while the other computes: 1 on two machines.
+
+    target: a forward of the target while the edge drafts. drafter: one of the edge's drafter while the target
+    computes. Raises ValueError, naming the field.
+    """
+
+    target: float = 1.0
+    drafter: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("target", "drafter"):
+            if not 1.0 <= getattr(self, name) < 100.0:  # NaN fails too
+                raise ValueError(f"contention.{name} is {getattr(self, name)}; allowed: 1 to 100")
+
+    @property
+    def any(self) -> bool:
+        """Whether there is any."""
+        return self.target > 1.0 or self.drafter > 1.0
+
+
 class SystemProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A pair of models on an edge and a cloud node: what `dsdlab calibrate` writes and the simulator reads.
 
@@ -217,4 +238,5 @@ class SystemProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     precision: str = ""
     edge: NodeCosts
     cloud: NodeCosts
+    contention: Contention = Contention()
     provenance: dict[str, object] = {}

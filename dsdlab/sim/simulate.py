@@ -25,6 +25,7 @@ from dsdlab.protocol.errors import ChannelClosed
 from dsdlab.scenario import Cell, Scenario
 from dsdlab.sim.channel import SimLink
 from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.contention import SharedCompute, share
 from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
 from dsdlab.sim.loop import run
 from dsdlab.sim.prediction import PredictedCell, PredictedGeneration
@@ -144,7 +145,7 @@ def simulate_generation(
         box = SimLink(link, seed=rng.getrandbits(63), nodelay=nodelay)
         edge, cloud = pair.edge, pair.cloud
         here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
-        cloud_compute, edge_compute = _compute(cloud), _compute(edge)
+        cloud_compute, edge_compute = _computes(pair)
         mode = request.mode
         beside = mode == "cloud-sd" or request.beside > 0
         verifier = VerifierNode(
@@ -175,6 +176,18 @@ def simulate_generation(
             await verifier.close()
 
     return run(main())
+
+
+def _computes(pair: Pair) -> tuple[SimCompute, SimCompute]:
+    """The cloud's and the edge's; on one machine they slow each other."""
+    cloud, edge = pair.cloud, pair.edge
+    contention = pair.profile.contention if pair.profile is not None else None
+    if contention is None or not contention.any or (cloud.target is not None and cloud.target.stages > 1):
+        return _compute(cloud), _compute(edge)
+    slower_cloud = SharedCompute(contention.target, hop_s=cloud.hop_s)
+    slower_edge = SharedCompute(contention.drafter, hop_s=edge.hop_s)
+    share(slower_cloud, slower_edge)
+    return slower_cloud, slower_edge
 
 
 async def _serve(verifier: VerifierNode, channel: Channel) -> None:
