@@ -28,6 +28,7 @@ from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
 from dsdlab.sim.fit import fit_measures
 from dsdlab.sim.profile import LinkProfile
 from dsdlab.sweep.provenance import provenance
+from testbed.contention import measure_contention
 from testbed.controller import Testbed
 from testbed.progress import bar
 
@@ -95,6 +96,8 @@ async def _calibrate(
     on_cloud = await bed.measure_models(sampling=sampling, budget_s=budget_s, seed=seed)
     on_stage("calibrating the edge's models")
     on_edge = await bed.measure_models(0, sampling=sampling, budget_s=budget_s, seed=seed)
+    on_stage("calibrating what the nodes cost each other")
+    contention, together = await measure_contention(bed)
     cloud = _costs(on_cloud, frame_s / 4.0, hop_s=streamed_s)
     models = scenario.models
     runtime, link = scenario.run.runtime, scenario.run.link
@@ -107,12 +110,14 @@ async def _calibrate(
         precision=models.precision,
         cloud=cloud,
         edge=_costs(on_edge, frame_s / 4.0),
+        contention=contention,
         provenance={
             **provenance(command),
             "runtime": runtime,
             "link": link,
             "bed": await bed.facts(),
             "frames": pinged,
+            "contention": together,
             "streamed_hop_s": streamed_s,
             "stream_over_fit": _against_stream(cloud.target, streamed),
             "nodes": {name: _told(found) for name, found in (("cloud", on_cloud), ("edge", on_edge))},
@@ -241,6 +246,12 @@ def show_profile(profile: SystemProfile, console: Console) -> None:
         console.print(
             f"{node} node: hop {_us(costs.hop_s)} µs, send {_us(costs.send_s)} µs, "
             f"receive {_us(costs.recv_s)} µs",
+            highlight=False,
+        )
+    if profile.contention.any:
+        console.print(
+            f"while the other node computes: target {profile.contention.target:.2f} ×, "
+            f"drafter {profile.contention.drafter:.2f} × as long",
             highlight=False,
         )
     if (ratio := profile.provenance.get("stream_over_fit")) is not None:
