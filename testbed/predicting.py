@@ -161,6 +161,8 @@ def pair_of(scenario: Scenario, profile: SystemProfile | None, trace: Trace | No
         alpha=alpha,
         persist=persist,
         max_context=scenario.models.max_context,
+        edge_target=scenario.models.edge_target,
+        edge_drafter=scenario.models.edge_drafter,
     )
 
 

@@ -33,12 +33,13 @@ from dsdlab.sim.profile import LinkProfile, LinkStep
 from dsdlab.sim.replay import ReplayDrafter, ReplayTarget
 from dsdlab.sim.synthetic import SyntheticDrafter
 from dsdlab.sim.trace import Trace
-from dsdlab.sweep.plan import Job
+from dsdlab.sweep.plan import Job, batches_of
 
-__all__ = ["Pair", "simulate_cell", "simulate_generation"]
+__all__ = ["Pair", "simulate_cell", "simulate_generation", "simulate_together"]
 
 EMULATED = "emulated:"
 NO_OVERHEAD = NodeCosts()
+SLOTS = 8  # sessions of an emulated model, where not more are to run at once
 VOCAB = 1 << 20  # of synthetic models: a real prompt's ids fit
 
 
@@ -48,7 +49,8 @@ class Pair:
 
     profile: what everything costs; None where the models are emulated and say so themselves.
     trace: what they say; without one they are emulated: by the scenario's own words (`emulated:…`), or, with
-    `alpha`, by a synthetic acceptance process in place of the real pair's.
+    `alpha`, by a synthetic acceptance process in place of the real pair's. edge_target, edge_drafter: other
+    emulated models at the edge.
     """
 
     target: str
@@ -58,6 +60,8 @@ class Pair:
     alpha: float | None = None
     persist: float | None = None
     max_context: int = 2048
+    edge_target: str | None = None
+    edge_drafter: str | None = None
 
     @property
     def edge(self) -> NodeCosts:
@@ -76,17 +80,18 @@ class Pair:
             raise UnfitProfile(f"profile {self.profile.name} has no costs of the {model} on the {node} node")
         return cost
 
-    def target_engine(self, node: str, compute: SimCompute, rng: random.Random) -> Engine:
-        """The target on a node ("edge" or "cloud")."""
+    def target_engine(self, node: str, compute: SimCompute, rng: random.Random, slots: int = SLOTS) -> Engine:
+        """The target on a node ("edge" or "cloud"). slots: sessions at a time."""
         cost = self._cost(node, "target")
         if self.trace is not None and cost is not None:
             return ReplayTarget(self.trace, compute.meter(cost, rng))
         synthetic = self.alpha is not None
-        spec = EmulatedProfile(vocab_size=VOCAB) if synthetic else self._emulated(self.target)
-        return self._engine(spec, cost, compute, rng)
+        name = (self.edge_target if node == "edge" else None) or self.target
+        spec = EmulatedProfile(vocab_size=VOCAB) if synthetic else self._emulated(name)
+        return self._engine(spec, cost, compute, rng, slots)
 
-    def drafter_on(self, node: str, compute: SimCompute, rng: random.Random) -> Drafter:
-        """The drafter on a node."""
+    def drafter_on(self, node: str, compute: SimCompute, rng: random.Random, slots: int = SLOTS) -> Drafter:
+        """The drafter on a node. slots: sessions at a time."""
         if self.trace is None and self.drafter == LOOKUP and self.alpha is None:
             return PromptLookup()
         cost = self._cost(node, "drafter") if self.drafter != LOOKUP else ForwardCost(base_s=0.0)
@@ -95,8 +100,8 @@ class Pair:
         if self.alpha is not None:
             spec = EmulatedProfile(alpha=self.alpha, persist=self.persist or 0.0, vocab_size=VOCAB)
         else:
-            spec = self._emulated(self.drafter)
-        return SyntheticDrafter(self._engine(spec, cost, compute, rng))
+            spec = self._emulated((self.edge_drafter if node == "edge" else None) or self.drafter)
+        return SyntheticDrafter(self._engine(spec, cost, compute, rng, slots))
 
     def _emulated(self, name: str) -> EmulatedProfile:
         if not name.startswith(EMULATED):
@@ -104,10 +109,17 @@ class Pair:
         return parse_profile(name.removeprefix(EMULATED))
 
     def _engine(
-        self, spec: EmulatedProfile, cost: ForwardCost | None, compute: SimCompute, rng: random.Random
+        self,
+        spec: EmulatedProfile,
+        cost: ForwardCost | None,
+        compute: SimCompute,
+        rng: random.Random,
+        slots: int,
     ) -> EmulatedEngine:
         charge = None if cost is None else compute.meter(cost, rng)
-        return EmulatedEngine(spec, max_context=self.max_context, wait=compute.spend, charge=charge)
+        return EmulatedEngine(
+            spec, slots=slots, max_context=self.max_context, wait=compute.spend, charge=charge
+        )
 
     def alone(self, job: Job, max_new_tokens: int, stop_at_eos: bool) -> list[int]:
         """What the target says by itself: every simulated generation must say the same."""
@@ -139,51 +151,80 @@ def simulate_generation(
     seed: of losses, jitter and the compute's residuals. Raises TimeoutError after `timeout_s` of virtual
     time, ValueError for what the link model has no words for, and whatever the nodes raise.
     """
+    (record,) = simulate_together(
+        pair, [request], link, steps, seed=seed, nodelay=nodelay, timeout_s=timeout_s
+    )
+    return record
 
-    async def main() -> GenerationRecord:
+
+def simulate_together(
+    pair: Pair,
+    requests: Sequence[GenerationRequest],
+    link: LinkProfile,
+    steps: Sequence[LinkStep] = (),
+    *,
+    seed: str,
+    nodelay: bool = True,
+    timeout_s: float = 3600.0,
+) -> list[GenerationRecord]:
+    """Generations of one mode that begin at once, each on an edge node and over a link of its own, with one
+    verifier; their records in order. The rest is as in `simulate_generation`."""
+
+    async def main() -> list[GenerationRecord]:
         rng = random.Random(seed)
-        box = SimLink(link, seed=rng.getrandbits(63), nodelay=nodelay)
+        boxes = [SimLink(link, seed=rng.getrandbits(63), nodelay=nodelay) for _ in requests]
         edge, cloud = pair.edge, pair.cloud
-        here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
-        cloud_compute, edge_compute = _computes(pair)
-        mode = request.mode
-        beside = mode == "cloud-sd" or request.beside > 0
+        cloud_compute, *edge_computes = _computes(pair, len(requests))
+        mode, slots = requests[0].mode, max(SLOTS, len(requests))
+        beside = mode == "cloud-sd" or any(request.beside for request in requests)
         verifier = VerifierNode(
-            pair.target_engine("cloud", cloud_compute, rng),
+            pair.target_engine("cloud", cloud_compute, rng, slots),
             cloud_compute,
-            drafter=pair.drafter_on("cloud", cloud_compute, rng) if beside else None,
+            drafter=pair.drafter_on("cloud", cloud_compute, rng, slots) if beside else None,
         )
+        nodes: list[DrafterNode] = []
+        serving: list[asyncio.Task[None]] = []
+        for n, (box, compute) in enumerate(zip(boxes, edge_computes, strict=True)):
+            here, there = box.pair(edge=(edge.send_s, edge.recv_s), cloud=(cloud.send_s, cloud.recv_s))
 
-        async def dial() -> Channel:
-            return here
+            async def dial(here: Channel = here) -> Channel:
+                return here
 
-        node = DrafterNode(
-            dial,
-            edge_compute,
-            drafter=pair.drafter_on("edge", edge_compute, rng) if mode in EDGE_DRAFTING_MODES else None,
-            target=pair.target_engine("edge", edge_compute, rng) if mode == "edge-sd" else None,
-        )
-        serving = asyncio.create_task(_serve(verifier, there), name="verifier")
-        await node.connect()
-        playing = asyncio.create_task(_play(box, LinkStep.timeline(link, tuple(steps))), name="link steps")
+            node = DrafterNode(
+                dial,
+                compute,
+                drafter=pair.drafter_on("edge", compute, rng) if mode in EDGE_DRAFTING_MODES else None,
+                target=pair.target_engine("edge", compute, rng) if mode == "edge-sd" else None,
+            )
+            nodes.append(node)
+            serving.append(asyncio.create_task(_serve(verifier, there), name=f"verifier, for edge {n}"))
+            await node.connect()
+        timeline = LinkStep.timeline(link, tuple(steps))
+        playing = [asyncio.create_task(_play(box, timeline), name="link steps") for box in boxes]
         try:
             async with asyncio.timeout(timeout_s):
-                return await node.generate(request)
+                if len(nodes) == 1:
+                    return [await nodes[0].generate(requests[0])]
+                work = (node.generate(request) for node, request in zip(nodes, requests, strict=True))
+                return await asyncio.gather(*work)
         finally:
-            playing.cancel()
-            await node.disconnect()
-            await serving
+            for play in playing:
+                play.cancel()
+            for node, serve in zip(nodes, serving, strict=True):
+                await node.disconnect()
+                await serve
             await verifier.close()
 
     return run(main())
 
 
-def _computes(pair: Pair) -> tuple[SimCompute, SimCompute]:
-    """The cloud's and the edge's; on one machine they slow each other."""
+def _computes(pair: Pair, edges: int) -> tuple[SimCompute, ...]:
+    """The cloud's and those of the edges; on one machine they slow each other, which is known of one edge."""
     cloud, edge = pair.cloud, pair.edge
     contention = pair.profile.contention if pair.profile is not None else None
-    if contention is None or not contention.any or (cloud.target is not None and cloud.target.stages > 1):
-        return _compute(cloud), _compute(edge)
+    staged = cloud.target is not None and cloud.target.stages > 1
+    if contention is None or not contention.any or staged or edges > 1:
+        return _compute(cloud), *(_compute(edge) for _ in range(edges))
     slower_cloud = SharedCompute(contention.target, hop_s=cloud.hop_s)
     slower_edge = SharedCompute(contention.drafter, hop_s=edge.hop_s)
     share(slower_cloud, slower_edge)
@@ -227,26 +268,26 @@ def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> Pred
     What one generation suffers (a time-out, a link that cannot be modelled) is told in the cell's `error`.
     """
     scenario, pair, draws = work
-    cell = jobs[0].cell
+    cell, cell_id = jobs[0].cell, jobs[0].cell_id
     out = PredictedCell(
-        cell=jobs[0].cell_id,
+        cell=cell_id,
         axes=cell.model_dump(),
         outside=_outside(pair, cell, jobs, scenario),
         generations=[],
     )
     link = scenario.profile_of(cell)
     different = draws if _random(pair, link, scenario.steps) else 1
-    for job in jobs:
-        request = request_of(scenario, cell, job.prompt_ids, job.sampling)
-        records: list[GenerationRecord] = []
+    for batch in batches_of(jobs):
+        requests = [request_of(scenario, cell, job.prompt_ids, job.sampling) for job in batch]
+        records: list[list[GenerationRecord]] = []  # by draw: one for each job
         late = 0
         for draw in range(different):
-            seed = f"{scenario.run.seed}/{job.cell_id}/{job.rep}/{draw}"
+            seed = f"{scenario.run.seed}/{cell_id}/{batch[0].rep}/{draw}"
             try:
                 records.append(
-                    simulate_generation(
+                    simulate_together(
                         pair,
-                        request,
+                        requests,
                         link,
                         scenario.steps,
                         seed=seed,
@@ -264,7 +305,9 @@ def simulate_cell(work: tuple[Scenario, Pair, int], jobs: Sequence[Job]) -> Pred
         if late:
             out.error = f"{late} of {draws} draws not finished within {scenario.run.timeout_s:g} s"
         if records:
-            out.generations.append(_generation(scenario, pair, job, records))
+            out.generations += [
+                _generation(scenario, pair, job, [draw[n] for draw in records]) for n, job in enumerate(batch)
+            ]
     return out
 
 
