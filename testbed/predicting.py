@@ -229,6 +229,7 @@ class Simulated:
         return [
             self.summary.verdict,
             self.summary.exact_line,
+            *self.summary.notes,
             f"simulated {n} cells × {self.prediction.draws} draws in {self.prediction.wall_s:.1f} s "
             f"with profile {self.prediction.profile['name']} ({self.prediction.profile['origin']})",
             f"report: {self.report}",

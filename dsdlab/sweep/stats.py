@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from dsdlab.sweep.exclusions import (
 )
 from dsdlab.sweep.keys import Condition, Variant, condition_of, pair_of, variant_of
 from dsdlab.sweep.overhead import Overhead, overhead_of
+from dsdlab.sweep.regret import Regret, regret_lines, regrets_of
 from dsdlab.sweep.rows import Row
 from dsdlab.sweep.verdict import exact_line, verdict_sentence
 
@@ -134,6 +135,7 @@ class Summary:
     exact_line: str
     verdict: str
     comparison: Comparison | None = None
+    regrets: list[Regret] = field(default_factory=list)  # of the controller
 
     @property
     def simulated(self) -> bool:
@@ -144,7 +146,7 @@ class Summary:
     def notes(self) -> list[str]:
         """What a sweep says after its verdict and its exact line."""
         excluded = excluded_line(self.exclusions, self.generations)
-        lines = [excluded, "" if self.overhead is None else self.overhead.line]
+        lines = [*regret_lines(self.regrets), excluded, "" if self.overhead is None else self.overhead.line]
         if self.comparison is not None:
             lines += [self.comparison.line, self.comparison.windows_line]
         return [line for line in lines if line]
@@ -353,6 +355,7 @@ def summarise(
             last="" if comparison is None else comparison.clause,
         ),
         comparison=comparison,
+        regrets=regrets_of(tpots),
     )
 
 
@@ -401,6 +404,17 @@ def summary_json(name: str, summary: Summary) -> dict[str, Any]:
         "exclusions": [exclusion._asdict() for exclusion in summary.exclusions],
         "overhead": None if summary.overhead is None else asdict(summary.overhead),
         "missing": summary.missing,
+        "regrets": [
+            {
+                **r.variant._asdict(),
+                **r.condition._asdict(),
+                "rtt_ms": r.rtt_ms,
+                "best": r.best.label,
+                "regret_pct": _number(r.pct),
+                "of_cloud_ar": None if r.of_alone is None else _number(r.of_alone.value),
+            }
+            for r in summary.regrets
+        ],
         "simulator": None if summary.comparison is None else totals_json(summary.comparison),
         "cells": cells,
     }

@@ -19,7 +19,10 @@ def exact_line(exact: int, compared: int, generations: int, *, simulated: bool =
 
 
 def _best_per_mode(found: Sequence[BreakEven], cells: Sequence[CellSummary]) -> list[BreakEven]:
-    """For each mode the window that tolerates most, of equal ones the fastest; distributed modes first."""
+    """For each mode the window that tolerates most, of equal ones the fastest.
+
+    Distributed modes come first, and of those the one that tolerates most.
+    """
 
     def rank(item: BreakEven) -> tuple[float, float]:
         ratios = [
@@ -34,7 +37,11 @@ def _best_per_mode(found: Sequence[BreakEven], cells: Sequence[CellSummary]) -> 
         mode = item.variant.mode
         if mode not in best or rank(item) > rank(best[mode]):
             best[mode] = item
-    return sorted(best.values(), key=lambda b: (not b.variant.mode.startswith("dsd-"), b.variant.order))
+
+    def place(item: BreakEven) -> tuple[bool, float, int]:
+        return not item.variant.mode.startswith("dsd-"), -item.rtt_ms, -item.variant.order[0]
+
+    return sorted(best.values(), key=place)
 
 
 def _reach(item: BreakEven, grid: bool) -> str:

@@ -37,7 +37,7 @@ def legend(text: str) -> list[str]:
 
 
 def test_every_mode_has_its_curve_and_its_timeline(outline: Outline, text: str) -> None:
-    assert outline.sections[:5] == ["latency", "break-even", "price", "ttft", "timeline"]
+    assert outline.sections[:5] == ["latency", "break-even", "controller", "price", "ttft"]
     assert legend(text) == [
         "cloud-ar",
         "cloud-sd (γ = 4)",
