@@ -39,8 +39,10 @@ class Regret(NamedTuple):
 
 
 def _had_by(controller: Variant, static: Variant) -> bool:
-    """Whether the controller could have done the same: for some modes it needs a drafter beside the target, and
-    a target at the edge it never has."""
+    """Whether the controller could have done the same.
+
+    Some modes need a drafter beside the target, which it may lack, and a target at the edge it never has.
+    """
     if static.mode in (ADAPTIVE, "edge-sd"):
         return False
     return controller.beside > 0 or not (static.beside or static.mode == "cloud-sd")
