@@ -107,30 +107,27 @@ def with_simpy(n: int, each: int) -> int:
 class Mailbox:
     """What a `Cable` is there: one reader waits for what anybody puts, half an RTT later."""
 
-    __slots__ = ("_items", "_loop", "_waiter")
+    __slots__ = ("_items", "_loop", "parked")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
         self._items: deque[Any] = deque()
-        self._waiter: asyncio.Future[Any] | None = None
+        self.parked: Any = None  # the reader, while it waits
 
     def put(self, item: Any) -> None:
-        self._loop.call_at(self._loop.time() + HALF_RTT_S, self._arrive, item)
+        self._loop.call_later(HALF_RTT_S, self._arrive, item)
 
     def _arrive(self, item: Any) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter is None:
-            self._items.append(item)
-        else:
-            waiter.set_result(item)
+        self._items.append(item)
+        parked = self.parked
+        if parked is not None:
+            self.parked = None
+            self._loop.resume(parked)
 
-    def get(self) -> asyncio.Future[Any]:
-        got = self._loop.create_future()
-        if self._items:
-            got.set_result(self._items.popleft())
-        else:
-            self._waiter = got
-        return got
+    async def get(self) -> Any:
+        while not self._items:
+            await self._loop.park(self)
+        return self._items.popleft()
 
 
 def on_the_loop(n: int, each: int) -> int:

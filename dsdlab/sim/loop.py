@@ -24,9 +24,10 @@ from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from contextlib import suppress
 from contextvars import Context, copy_context
+from functools import partial
 from heapq import heapify, heappop, heappush
 from pathlib import PurePath
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 
@@ -84,16 +85,46 @@ class TimerHandle(Handle, eq=False):
                 self.loop._timer_cancelled()
 
 
+def _closed(*_: object, **__: object) -> NoReturn:
+    """What a closed loop does of what it was asked to."""
+    raise RuntimeError("Event loop is closed")
+
+
 def _nothing() -> None:
     """What a cancelled handle runs."""
 
 
-def _awake(sleeper: asyncio.Future[None]) -> None:
-    if not sleeper.done():
-        sleeper.set_result(None)
+_ONCE = (None,)
 
 
-_CONTEXT = copy_context()  # for callbacks that look at no context variable
+class _Park:
+    """What a task awaits that is parked: it suspends once, for nothing. The loop keeps its next step."""
+
+    __slots__ = ()
+    __await__ = partial(iter, _ONCE)  # no Python function on the way
+
+
+class _Place(Protocol):
+    """Something with room for the next step of a task that is parked there."""
+
+    parked: Any
+
+
+_PARK = _Park()
+
+
+class _Task(asyncio.Task[T]):
+    """asyncio's task, which can also be parked; cancelled there, it goes on at once."""
+
+    __slots__ = ("parked",)
+    parked: TimerHandle  # its next step, where it was parked last
+
+    def cancel(self, msg: Any = None) -> bool:
+        asked = super().cancel(msg)
+        handle = getattr(self, "parked", None)
+        if asked and handle is not None and handle.loop is not None:  # it is not due yet
+            handle.loop._unpark(handle)
+        return asked
 
 
 class VirtualLoop(asyncio.AbstractEventLoop):
@@ -123,6 +154,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         self._timers: list[tuple[float, int, TimerHandle]] = []  # a heap by (when, number)
         self._n_timers = 0  # set so far
         self._n_cancelled = 0  # of those in the heap
+        self._park: float | _Place | None = None  # until when, or where, the step asked for next is parked
         self._ran = 0  # callbacks so far
         self._max_time_s, self._max_still = max_time_s, max_still
         self._max_callbacks = math.inf if max_callbacks is None else max_callbacks
@@ -151,8 +183,17 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_soon(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> Handle:
-        if self._closed:
-            raise RuntimeError("Event loop is closed")
+        park = self._park
+        if park is not None:  # a task that has just awaited `_PARK` asks for its next step
+            self._park = None
+            if type(park) is float:
+                timer = TimerHandle(callback, args, context, park, self)  # type: ignore[arg-type]
+                self._n_timers = number = self._n_timers + 1
+                heappush(self._timers, (park, number, timer))
+            else:
+                timer = park.parked = TimerHandle(callback, args, context, _NEVER_S, self)  # type: ignore
+            callback.__self__.parked = timer  # type: ignore[attr-defined]
+            return timer
         handle = Handle(callback, args, context if context is not None else copy_context())
         self._ready.append(handle)
         return handle
@@ -160,9 +201,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_at(  # type: ignore[override]
         self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        if self._closed:
-            raise RuntimeError("Event loop is closed")
-        if not when <= _NEVER_S:
+        if when != when:
             raise ValueError(f"a timer is set for {when} s; allowed: a number")
         timer = TimerHandle(callback, args, context if context is not None else copy_context(), when, self)
         self._n_timers = number = self._n_timers + 1
@@ -172,7 +211,13 @@ class VirtualLoop(asyncio.AbstractEventLoop):
     def call_later(  # type: ignore[override]
         self, delay: float, callback: Callable[..., object], *args: Any, context: Context | None = None
     ) -> TimerHandle:
-        return self.call_at(self._now_s + delay, callback, *args, context=context)
+        when = self._now_s + delay  # `call_at` once more: it is half of what a frame's way costs
+        if when != when:
+            raise ValueError(f"a timer is set for {when} s; allowed: a number")
+        timer = TimerHandle(callback, args, context if context is not None else copy_context(), when, self)
+        self._n_timers = number = self._n_timers + 1
+        heappush(self._timers, (when, number, timer))
+        return timer
 
     def call_soon_threadsafe(  # type: ignore[override]
         self, callback: Callable[..., object], *args: Any, context: Context | None = None
@@ -181,11 +226,28 @@ class VirtualLoop(asyncio.AbstractEventLoop):
             raise RuntimeError("a VirtualLoop takes no calls from other threads")
         return self.call_soon(callback, *args, context=context)
 
-    def sleep(self, delay_s: float) -> asyncio.Future[None]:
-        """A future that is done `delay_s` from now: `asyncio.sleep` without the coroutine around it."""
-        over: asyncio.Future[None] = asyncio.Future(loop=self)
-        self.call_at(self._now_s + delay_s, _awake, over, context=_CONTEXT)
-        return over
+    def sleep(self, delay_s: float) -> _Park:
+        """`await` it at once, in a task of this loop: `asyncio.sleep` without coroutine, future and round."""
+        self._park = self._now_s + delay_s if delay_s > 0.0 else self._now_s
+        return _PARK
+
+    def park(self, place: _Place) -> _Park:
+        """`await` it at once, in a task of this loop: until `resume` is told what `place.parked` holds."""
+        self._park = place
+        return _PARK
+
+    def resume(self, handle: TimerHandle) -> None:
+        """Let a parked task go on, in the next round. Nothing happens to one that was cancelled meanwhile."""
+        if handle.loop is not None:
+            handle.loop = None
+            self._ready.append(handle)
+
+    def _unpark(self, handle: TimerHandle) -> None:
+        """Run a parked step in the next round instead: its task was cancelled."""
+        self._ready.append(Handle(handle.callback, handle.args, handle.context))
+        if handle.when_s < _NEVER_S:
+            handle.cancel()
+        handle.loop = None
 
     def _timer_cancelled(self) -> None:
         self._n_cancelled = n = self._n_cancelled + 1
@@ -210,7 +272,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if self._closed:
             raise RuntimeError("Event loop is closed")
         if self._task_factory is None:
-            return asyncio.Task(coro, loop=self, name=None if name is None else str(name), context=context)
+            return _Task(coro, loop=self, name=None if name is None else str(name), context=context)
         task: asyncio.Task[T] = (
             self._task_factory(self, coro)
             if context is None
@@ -275,32 +337,57 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         ready, timers = self._ready, self._timers
         popleft, append = ready.popleft, ready.append
         now_s, max_time_s = self._now_s, min(self._max_time_s, _LAST_S)
-        max_callbacks, limit = self._max_callbacks, self._max_still
+        max_callbacks, limit, ran = self._max_callbacks, self._max_still, self._ran
         still = 0  # callbacks since time moved
         while True:
-            if timers:
-                if not ready:
-                    while timers and timers[0][2].callback is _nothing:
-                        heappop(timers)
-                        self._n_cancelled -= 1
-                    if timers and timers[0][0] > now_s:
-                        now_s = timers[0][0]
-                        if now_s > max_time_s:
-                            self._out_of_time(now_s)
-                        self._now_s = now_s
-                        still = 0
-                while timers and timers[0][0] <= now_s:
-                    timer = heappop(timers)[2]
-                    if timer.callback is _nothing:
-                        self._n_cancelled -= 1
-                    else:
-                        timer.loop = None
-                        append(timer)
+            handle: Handle | None = None  # the only one of its round, as is usual
+            if ready:
+                if len(ready) == 1 and (not timers or timers[0][0] > now_s):
+                    handle = popleft()
+            elif timers:
+                when_s, _, timer = heappop(timers)
+                if timer.callback is _nothing:
+                    self._n_cancelled -= 1
+                    continue
+                if when_s > now_s:
+                    if when_s > max_time_s:
+                        heappush(timers, (when_s, 0, timer))  # it waits on, for who looks at the error
+                        self._out_of_time(when_s)
+                    self._now_s = now_s = when_s
+                    still = 0
+                timer.loop = None
+                if timers and timers[0][0] <= now_s:
+                    append(timer)
+                else:
+                    handle = timer
+            if handle is not None:
+                still += 1
+                self._ran = ran = ran + 1
+                if still > limit or ran > max_callbacks:
+                    ready.appendleft(handle)  # it waits on, for who looks at the error
+                    limit = self._checked_limit(still)
+                    popleft()
+                try:
+                    handle.context.run(handle.callback, *handle.args)
+                except (SystemExit, KeyboardInterrupt):
+                    raise
+                except BaseException as e:
+                    self._failed(handle, e)
+                if self._stopping:
+                    return
+                continue
+            while timers and timers[0][0] <= now_s:
+                timer = heappop(timers)[2]
+                if timer.callback is _nothing:
+                    self._n_cancelled -= 1
+                else:
+                    timer.loop = None
+                    append(timer)
             n = len(ready)
             if not n and not self._stopping:
                 self._deadlock()
             still += n
-            self._ran = ran = self._ran + n
+            self._ran = ran = ran + n
             if still > limit or ran > max_callbacks:
                 limit = self._checked_limit(still)
             for _ in range(n):
@@ -310,11 +397,13 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as e:
-                    self.call_exception_handler(
-                        {"message": f"Exception in callback {handle.callback!r}", "exception": e}
-                    )
+                    self._failed(handle, e)
             if self._stopping:
                 return
+
+    def _failed(self, handle: Handle, error: BaseException) -> None:
+        message = f"Exception in callback {handle.callback!r}"
+        self.call_exception_handler({"message": message, "exception": error})
 
     def _checked_limit(self, still: int) -> int:
         """How many callbacks may run while time stands still. Raises Runaway.
@@ -368,6 +457,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if self._thread is not None:
             raise RuntimeError("Cannot close a running event loop")
         self._closed = True
+        self.call_soon = self.call_at = self.call_later = _closed  # type: ignore[method-assign]  # no test in each call
         self._ready.clear()
         self._timers.clear()
 

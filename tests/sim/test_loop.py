@@ -882,3 +882,106 @@ def test_the_loop_is_light() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == ""
+
+
+# parking -----------------------------------------------------------------------------------------
+
+
+class Place:
+    """Where one task waits."""
+
+    parked: Any = None
+
+
+def virtual() -> VirtualLoop:
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    return loop
+
+
+def test_a_parked_task_is_cancelled_at_once() -> None:
+    """Like one that awaits `asyncio.sleep`: by `cancel`, a timeout, a task group."""
+    seen: list[tuple[str, float]] = []
+
+    async def sleeper(name: str) -> None:
+        try:
+            await virtual().sleep(100.0)
+        except asyncio.CancelledError:
+            seen.append((name, virtual().time()))
+            raise
+
+    async def main() -> None:
+        task = asyncio.create_task(sleeper("cancel"))
+        await asyncio.sleep(1.0)
+        assert task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(2.0):
+                await sleeper("timeout")
+        with pytest.raises(ExceptionGroup):
+            async with asyncio.TaskGroup() as group:
+                group.create_task(sleeper("group"))
+                await virtual().sleep(4.0)
+                raise ValueError
+        await virtual().sleep(200.0)  # no step is left over from the timers
+
+    run(main())
+    assert seen == [("cancel", 1.0), ("timeout", 3.0), ("group", 7.0)]
+
+
+def test_a_task_parked_in_a_place_goes_on_when_told_and_only_once() -> None:
+    order: list[str] = []
+
+    async def waiter(place: Place, name: str) -> None:
+        await virtual().park(place)
+        order.append(name)
+
+    async def main() -> None:
+        loop, place = virtual(), Place()
+        task = asyncio.create_task(waiter(place, "told"))
+        await asyncio.sleep(1.0)
+        loop.resume(place.parked)
+        loop.resume(place.parked)
+        await task
+        task = asyncio.create_task(waiter(place, "cancelled"))
+        await asyncio.sleep(1.0)
+        task.cancel()
+        await asyncio.wait([task])
+        loop.resume(place.parked)  # too late: nothing happens
+        await asyncio.sleep(1.0)
+        assert task.cancelled()
+
+    run(main())
+    assert order == ["told"]
+
+
+def test_a_task_that_is_parked_for_good_is_a_deadlock_that_names_it() -> None:
+    async def lost() -> None:
+        await virtual().park(Place())
+
+    async def main() -> None:
+        await asyncio.create_task(lost(), name="lost one")
+
+    with pytest.raises(Deadlock, match="lost one"):
+        run(main())
+
+
+def test_parked_sleeps_and_timers_of_one_instant_keep_their_order() -> None:
+    order: list[int] = []
+
+    async def sleeper(n: int) -> None:
+        await virtual().sleep(1.0)
+        order.append(n)
+
+    async def main() -> None:
+        loop = virtual()
+        tasks = []
+        for n in range(0, 10, 2):
+            tasks.append(asyncio.create_task(sleeper(n)))
+            await asyncio.sleep(0)
+            loop.call_later(1.0, order.append, n + 1)
+        await asyncio.gather(*tasks)
+
+    run(main())
+    assert order == list(range(10))
