@@ -156,7 +156,7 @@ def _simulated(
         points.append(Point(cell.rtt_ms, value.value, value.lo, value.hi, value.n))
         error = f", {signed_pct(compared.error_pct)} %" if not math.isnan(compared.error_pct) else ""
         said[cell.rtt_ms] = f"{plots.short(value.value)} ms{error}{' †' if cell.outside else ''}"
-    return points, said
+    return sorted(points, key=lambda p: p.x), said
 
 
 def _panels(

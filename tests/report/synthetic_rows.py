@@ -288,7 +288,8 @@ def partition_sweep() -> list[Row]:
 
 
 AXES = (
-    "mode", "policy", "gamma", "rtt_ms", "rate_mbit", "loss_pct", "temperature", "jitter_ms", "loss_burst",
+    "mode", "policy", "gamma", "run_ahead", "free_run", "beside", "rtt_ms", "rate_mbit", "loss_pct",
+    "temperature", "jitter_ms", "loss_burst",
 )  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 from streamed_rows import WAYS, row_of, rows_of
-from synthetic_rows import run_record
+from synthetic_rows import prediction, run_record
 from test_report import Outline
 
 from dsdlab.report import timeline
@@ -117,6 +117,11 @@ def test_many_settings_are_drawn_as_the_best_of_each_mode() -> None:
             own = [r.tpot_ms for r in rows if (r.mode, r.gamma, r.rtt_ms) == ("dsd-sync", gamma, float(at))]
             medians.append(sum(t for t in own if t) / 2)  # of two, the median
         assert float(value) == pytest.approx(min(medians), abs=0.06)
+    made = prediction(rows)
+    both = page(run_record(), rows, COMMAND, made)
+    for line in re.findall(r'd="M([^"]+)" class="sim"', both[both.index('id="latency"') :])[:10]:
+        xs = [float(spot.split()[0]) for spot in line.split("L")]
+        assert xs == sorted(xs), "the simulator's line goes to and fro"
     outline = Outline(text)
     assert outline.text("cells").count("dsd-sync (γ =") == 9, "the tables have all of them"
     assert len(text.encode()) < 400_000
