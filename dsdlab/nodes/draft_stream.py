@@ -64,8 +64,9 @@ class DraftStream:
     """Drafting, sending and taking commits for one generation, over as many connections as it takes."""
 
     __slots__ = (
-        "_bars", "_began", "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node", "_numbers",
-        "_pace", "_pings", "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size", "_waiter",
+        "_bars", "_began", "_changed", "_compute", "_decision", "_drafter", "_empty_at", "_fresh", "_node",
+        "_numbers", "_pace", "_pings", "_policy", "_run", "_sent", "_tail", "_token_s", "_vocab_size",
+        "_waiter",
     )  # fmt: skip
 
     def __init__(self, run: Generation, compute: Compute, drafter: Drafter, node: Dialer) -> None:
@@ -79,6 +80,7 @@ class DraftStream:
         self._empty_at = -1  # position for which the target was asked without a draft
         self._numbers = count()  # of Steer frames
         self._pings: dict[int, float] = {}  # by nonce: when it left
+        self._changed = False  # something was committed since the drafting loop last looked
         self._waiter: asyncio.Future[None] | None = None
         self._token_s = math.nan
         self._began = False
@@ -191,6 +193,7 @@ class DraftStream:
         text = run.text
         ids: list[int] = []
         while text.finish is None:
+            self._changed = False
             if self._decide():
                 await self.steer(channel)
             decision = self._decision
@@ -198,7 +201,7 @@ class DraftStream:
             run_ahead = run.request.run_ahead if decision.run_ahead is None else decision.run_ahead
             free = min(run_ahead, text.room - 1) - len(self._tail)
             if decision.gamma < 1 or free < 1:
-                await self._send(channel)
+                await self._send(channel, even_empty=min(decision.gamma, run_ahead) < 1)
                 await self._change()
                 continue
             want = min(frame, free) if self._policy.stops else 1
@@ -302,11 +305,14 @@ class DraftStream:
     # waiting -------------------------------------------------------------------------------------
 
     def _wake(self) -> None:
+        self._changed = True
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     async def _change(self) -> None:
-        """Until something was committed."""
+        """Until something was committed, also while what went before waited for a drafter or a socket."""
+        if self._changed:
+            return
         self._waiter = asyncio.get_running_loop().create_future()
         try:
             await self._waiter
