@@ -13,6 +13,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
+from itertools import count
 
 import msgspec
 
@@ -63,17 +64,25 @@ class _Session:
     """One session's state, kept across connections."""
 
     __slots__ = (
-        "channel", "drafts", "epoch", "key", "losses", "opened", "sending", "stale_frames", "stream", "task",
-        "text",
+        "before", "channel", "connection", "drafts", "epoch", "key", "losses", "opened", "sending",
+        "stale_frames", "stream", "task", "text",
     )  # fmt: skip
 
     def __init__(
-        self, key: SessionKey, opened: Open, text: Text, channel: Channel, stream: TargetStream | None
+        self,
+        key: SessionKey,
+        opened: Open,
+        text: Text,
+        channel: Channel,
+        connection: int,
+        stream: TargetStream | None,
     ) -> None:
         self.key = key
+        self.before: asyncio.Task[None] | None = None  # of a session that this one took the place of
         self.opened = opened
         self.text = text
         self.channel: Channel | None = channel
+        self.connection = connection  # number of the latest one that it was reached by
         self.drafts: Mailbox[Draft] = Mailbox()  # `dsd-sync`
         self.stream = stream  # `dsd-stream`
         self.sending = asyncio.Lock()
@@ -100,10 +109,16 @@ class _Session:
                 with suppress(ChannelClosed):  # `serve` hears of it too, and sets the linger time going
                     await self.channel.send(frame)
 
-    async def catch_up(self, channel: Channel, base: int) -> None:
-        """Send everything from `base` on over `channel`, ahead of whatever is decided next."""
+    async def catch_up(self, channel: Channel, connection: int, base: int) -> None:
+        """Send everything from `base` on over `channel`, ahead of whatever is decided next.
+
+        Not over a connection that was lost before the present one began: what is read from it late is no
+        sign of life.
+        """
         async with self.sending:
-            self.channel = channel
+            if connection < self.connection:
+                return
+            self.channel, self.connection = channel, connection
             await channel.send(self.commit_from(base))
 
     def commit_from(self, base: int) -> Commit:
@@ -147,6 +162,7 @@ class VerifierNode:
         self._of_node: dict[str, dict[_Session, None]] = {}  # the same, by client
         self._closed: OrderedDict[SessionKey, None] = OrderedDict()
         self._reapers: set[asyncio.Task[None]] = set()
+        self._connections = count()
 
     @property
     def n_sessions(self) -> int:
@@ -156,9 +172,10 @@ class VerifierNode:
         """One connection from its Hello to its end. Raises ChannelClosed, Refused or ProtocolError."""
         hello = await server_handshake(channel, self._policy)
         log.info("peer=%s node=%s connected", channel.peer, hello.node_id)
+        connection = next(self._connections)
         try:
             while True:
-                await self._on_frame(channel, hello.node_id, await channel.recv())
+                await self._on_frame(channel, connection, hello.node_id, await channel.recv())
         finally:
             for session in self._of_node.get(hello.node_id, ()):
                 if session.channel is channel:
@@ -172,7 +189,7 @@ class VerifierNode:
         for session in list(self._sessions.values()):
             await self._end(session)
 
-    async def _on_frame(self, channel: Channel, node_id: str, frame: AnyFrame) -> None:
+    async def _on_frame(self, channel: Channel, connection: int, node_id: str, frame: AnyFrame) -> None:
         if type(frame) is Draft:  # by far the most frequent
             await self._on_draft(channel, (node_id, frame.session), frame)
             return
@@ -180,9 +197,9 @@ class VerifierNode:
             case Ping():
                 await channel.send(Pong(frame.nonce, asyncio.get_running_loop().time()))
             case Open():
-                await self._on_open(channel, (node_id, frame.session), frame)
+                await self._on_open(channel, connection, (node_id, frame.session), frame)
             case Resume():
-                await self._on_resume(channel, (node_id, frame.session), frame)
+                await self._on_resume(channel, connection, (node_id, frame.session), frame)
             case Close():
                 key = (node_id, frame.session)
                 self._remember_close(key)
@@ -200,25 +217,27 @@ class VerifierNode:
 
     # opening -------------------------------------------------------------------------------------
 
-    async def _on_open(self, channel: Channel, key: SessionKey, frame: Open) -> None:
+    async def _on_open(self, channel: Channel, connection: int, key: SessionKey, frame: Open) -> None:
         known = self._sessions.get(key)
-        if key in self._closed:
-            return  # a late duplicate
+        if key in self._closed or (known is not None and connection < known.connection):
+            return  # a late duplicate, or late over a connection that was lost since
         if known is not None and known.channel is channel:
             if known.opened == frame:
                 return
             if known.began_with(frame):  # a late copy of an earlier Open, or its sender missed a Commit
-                await known.catch_up(channel, (len(frame.prompt) + len(frame.committed)) // 3)
+                await known.catch_up(channel, connection, (len(frame.prompt) + len(frame.committed)) // 3)
                 return
         try:
             text = self._checked_text(frame)
         except ProtocolError as e:
             await channel.send(refusal(e.code, str(e), session=key[1]))
             return
-        if known is not None:
-            await self._end(known)
         stream = TargetStream(self._slack) if frame.mode == STREAM else None
-        session = _Session(key, frame, text, channel, stream)
+        session = _Session(key, frame, text, channel, connection, stream)
+        if known is not None and known.task is not None:  # it ends on its own: another Open may come first
+            self._forget(known)
+            known.task.cancel()
+            session.before = known.task
         self._sessions[key] = session
         self._of_node.setdefault(key[0], {})[session] = None
         session.task = asyncio.create_task(self._run(session), name=f"session {key}")
@@ -252,7 +271,7 @@ class VerifierNode:
             raise ProtocolError("prompt", "the committed tokens already end the generation")
         return text
 
-    async def _on_resume(self, channel: Channel, key: SessionKey, frame: Resume) -> None:
+    async def _on_resume(self, channel: Channel, connection: int, key: SessionKey, frame: Resume) -> None:
         session = self._sessions.get(key)
         if session is None or frame.length < session.text.n_prompt or frame.length > len(session.text):
             await channel.send(refusal("unknown-session", "not held here; open it again", session=key[1]))
@@ -261,7 +280,7 @@ class VerifierNode:
             await channel.send(refusal("unknown-session", "held with other tokens", session=key[1]))
             return
         log.info("session=%s resumed at=%d of=%d", key, frame.length, len(session.text))
-        await session.catch_up(channel, frame.length)
+        await session.catch_up(channel, connection, frame.length)
 
     async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft) -> None:
         session = self._sessions.get(key)
@@ -296,6 +315,8 @@ class VerifierNode:
     async def _run(self, session: _Session) -> None:
         """A session from prefill to its end; whatever fails is told to the client."""
         try:
+            if session.before is not None:  # its slot may be the only one
+                await asyncio.wait([session.before])
             async with slot_of(self._compute, self._engine) as slot:
                 await self._decode(session, slot)
             return  # finished: the text stays for a late Resume until Close or the linger time
@@ -369,11 +390,12 @@ class VerifierNode:
                 with self._slack.asked() if asked else self._slack.ahead():
                     n_streamed, t_beside_s = len(window), 0.0
                     more = min(stream.pace.beside, text.room - 1) - n_streamed
-                    if self._drafter is not None and more > 0:
-                        if beside_slot < 0:
+                    if self._drafter is not None and more > 0 and beside_slot < 0:
+                        with suppress(NoFreeSlot):  # then this step goes without, and the next one asks again
                             beside_slot = await stack.enter_async_context(
                                 slot_of(self._compute, self._drafter)
                             )
+                    if self._drafter is not None and more > 0 and beside_slot >= 0:
                         added, t_beside_s = await propose(
                             self._compute,
                             self._drafter,
@@ -448,7 +470,8 @@ class VerifierNode:
         self._forget(session)
         if session.task is not None:
             session.task.cancel()
-            await asyncio.wait([session.task])  # unlike `await task`: a cancellation of this one passes
+            # unlike `await task`: a cancellation of this one passes
+            await asyncio.wait([task for task in (session.task, session.before) if task is not None])
 
     def _remember_close(self, key: SessionKey) -> None:
         self._closed[key] = None

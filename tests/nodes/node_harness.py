@@ -17,7 +17,7 @@ from dsdlab.models.drafters import Drafter, GoesOn, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
 from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError, Refused
-from dsdlab.protocol.frames import AnyFrame, Draft, Hello, Open, Welcome, pack_ids
+from dsdlab.protocol.frames import PROTOCOL_VERSION, AnyFrame, Draft, Hello, Open, Welcome, pack_ids
 from dsdlab.protocol.memory import Faults, MemoryChannel, memory_pair
 from dsdlab.sim.compute import SimCompute
 
@@ -156,7 +156,7 @@ class Raw:
     @classmethod
     async def dial(cls, world: World, node_id: str = "0123456789abcdef") -> Raw:
         channel = await world.dial()
-        await channel.send(Hello(1, node_id, "", "", "", 0.0))
+        await channel.send(Hello(PROTOCOL_VERSION, node_id, "", "", "", 0.0))
         welcome = await channel.recv()
         assert isinstance(welcome, Welcome)
         return cls(channel, welcome)

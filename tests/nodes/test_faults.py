@@ -30,10 +30,12 @@ from dsdlab.models.weights_io import load_llama_dir
 from dsdlab.nodes import GenerationRecord, GenerationRequest
 from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError
 from dsdlab.protocol.frames import (
+    PROTOCOL_VERSION,
     Close,
     Commit,
     Resume,
     Verdict,
+    Welcome,
     digest_ids,
     pack_ids,
     unpack_ids,
@@ -49,6 +51,10 @@ SAMPLING = Sampling(1.0, seed=77)
 
 def request_for(mode: str, n: int = 24, gamma: int = 4) -> GenerationRequest:
     return GenerationRequest(PROMPT, mode, gamma=gamma, sampling=SAMPLING, max_new_tokens=n)
+
+
+def welcome() -> Welcome:
+    return Welcome(PROTOCOL_VERSION, "v" * 16, "t", "", 100, 512, (2,), ("dsd-sync",), 0.0)
 
 
 def drop(after_up: int | None = None, after_down: int | None = None, delay_s: float = 0.01) -> Pair:
@@ -313,7 +319,7 @@ def test_a_commit_is_taken_once_however_it_overlaps() -> None:
 
     async def main() -> None:
         from dsdlab.nodes import DrafterNode
-        from dsdlab.protocol.frames import Draft, Hello, Open, Welcome
+        from dsdlab.protocol.frames import Draft, Hello, Open
         from dsdlab.protocol.memory import memory_pair
 
         client, server = memory_pair()
@@ -322,7 +328,7 @@ def test_a_commit_is_taken_once_however_it_overlaps() -> None:
 
         async def verifier() -> None:
             assert isinstance(await server.recv(), Hello)
-            await server.send(Welcome(1, "v" * 16, "t", "", 100, 512, (2,), ("dsd-sync",), 0.0))
+            await server.send(welcome())
             opened = await server.recv()
             assert isinstance(opened, Open)
             s = opened.session
@@ -362,7 +368,7 @@ def test_a_commit_is_taken_once_however_it_overlaps() -> None:
 
 def test_a_verdict_for_more_than_was_drafted_is_refused() -> None:
     from dsdlab.nodes import DrafterNode
-    from dsdlab.protocol.frames import Draft, Welcome
+    from dsdlab.protocol.frames import Draft
     from dsdlab.protocol.memory import memory_pair
 
     async def main() -> None:
@@ -370,7 +376,7 @@ def test_a_verdict_for_more_than_was_drafted_is_refused() -> None:
 
         async def verifier() -> None:
             await server.recv()
-            await server.send(Welcome(1, "v" * 16, "t", "", 100, 512, (2,), ("dsd-sync",), 0.0))
+            await server.send(welcome())
             opened = await server.recv()
             await server.send(Commit(opened.session, len(PROMPT), pack_ids([9]), 0, 0, 0, 0, 0))
             draft = await server.recv()
@@ -390,12 +396,15 @@ def test_a_verdict_for_more_than_was_drafted_is_refused() -> None:
 
 
 def test_a_gap_is_asked_for_again() -> None:
-    """A Commit beyond the text's end: reconnect and resume; a verifier that insists is refused."""
+    """A Commit beyond the text's end: reconnect and resume; a verifier that insists is refused. Any number
+    of gaps is healed where tokens come in between."""
 
     class Gappy(World):
-        """Every connection's first Commit says that it stands further on than it does."""
+        """Commits say that they stand further on than they do: some in a row, or every other one."""
 
         gaps = 1
+        every_other = False
+        commits = 0
 
         async def dial(self):
             channel = await super().dial()
@@ -403,7 +412,10 @@ def test_a_gap_is_asked_for_again() -> None:
 
             async def recv():
                 frame = await receive()
-                if isinstance(frame, Commit) and frame.ids and self.gaps > 0:
+                if not isinstance(frame, Commit) or not frame.ids:
+                    return frame
+                self.commits += 1
+                if self.gaps > 0 and (not self.every_other or self.commits % 2 == 0):
                     self.gaps -= 1
                     return Commit(frame.session, frame.base + 2, frame.ids, 0, 0, 0, 0, 0)
                 return frame
@@ -411,16 +423,73 @@ def test_a_gap_is_asked_for_again() -> None:
             channel.recv = recv
             return channel
 
-    async def main(gaps: int) -> GenerationRecord:
-        world = Gappy(emulated())
-        world.gaps = gaps
-        record = await world.client(emulated_drafter(0.5)).generate(request_for("dsd-sync"))
-        check(record, alone(world.target, request_for("dsd-sync")))
+    async def main(mode: str, gaps: int, every_other: bool = False) -> GenerationRecord:
+        world = Gappy(emulated(), compute=Costly(0.02))
+        world.gaps, world.every_other = gaps, every_other
+        record = await world.client(emulated_drafter(0.5)).generate(request_for(mode))
+        check(record, alone(world.target, request_for(mode)))
         return record
 
-    assert run(main(2)).reconnects == 2
+    assert run(main("dsd-sync", 2)).reconnects == 2
+    assert run(main("cloud-ar", 9, every_other=True)).reconnects == 9
     with pytest.raises(ProtocolError, match="the text ends at"):
-        run(main(1000))
+        run(main("dsd-sync", 1000))
+
+
+# connections that were lost and are read late ----------------------------------------------------
+
+
+@pytest.mark.parametrize("late", ["Open", "Resume"])
+def test_a_lost_connection_that_is_read_late_takes_nothing_over(late: str) -> None:
+    """What a client said before it came back by another way changes nothing."""
+
+    async def main() -> None:
+        target = Slow()
+        world = World(target.engine, compute=target.compute)
+        n = len(PROMPT)
+        old = await Raw.dial(world)
+        await old.send(open_frame(mode="cloud-ar"))
+        assert isinstance(await old.recv(), Commit)
+        new = await Raw.dial(world)
+        resume = Resume(1, n, digest_ids(pack_ids(PROMPT)))
+        await new.send(resume)
+        await asyncio.sleep(0.01)
+        await old.send(resume if late == "Resume" else open_frame(mode="cloud-ar"))
+        ids: list[int] = []
+        while len(ids) < 12:
+            frame = await new.recv()
+            assert isinstance(frame, Commit)
+            ids += unpack_ids(frame.ids)[n + len(ids) - frame.base :]
+        assert ids == [target.engine.token(1, n + i) for i in range(12)]
+        await new.send(Close(1))
+        await world.quiet()
+        assert world.verifier.n_sessions == 0
+        assert world.free_slots() == 8
+
+    run(main())
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_opened_again_and_again_while_the_first_one_ends(slots: int) -> None:
+    """A client whose connections break at once: each Open comes while the session before is still in a
+    step; one session is left, and one slot taken."""
+
+    async def main() -> None:
+        target = Slow(slots=slots)
+        world = World(target.engine, compute=target.compute)
+        for _ in range(4):
+            raw = await Raw.dial(world)
+            await raw.send(open_frame(mode="dsd-sync"))
+            await asyncio.sleep(0.005)
+        assert isinstance(await raw.recv(), Commit)
+        assert world.verifier.n_sessions == 1
+        assert world.free_slots() == slots - 1
+        await raw.send(Close(1))
+        await world.quiet()
+        assert world.verifier.n_sessions == 0
+        assert world.free_slots() == slots
+
+    run(main())
 
 
 # stress ------------------------------------------------------------------------------------------
