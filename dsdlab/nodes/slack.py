@@ -11,6 +11,7 @@ class Slack:
 
     INVARIANT K1: while work that was asked for waits for the target or is under way, no step that was not
     asked for begins. (One that has begun is not broken off: it delays others by one step at most.)
+    INVARIANT K2: who waits for slack gets it in the order of asking: none goes ahead twice meanwhile.
     """
 
     __slots__ = ("_ahead", "_asked", "_waiting")
@@ -22,8 +23,12 @@ class Slack:
 
     @property
     def free(self) -> bool:
-        """Whether a step ahead may begin now."""
+        """Whether nobody has the target or waits for it."""
         return not self._asked and not self._ahead
+
+    def ready(self, wake: Callable[[], None]) -> bool:
+        """Whether a step ahead may begin now: there is slack, and nobody else has waited for it longer."""
+        return self.free and next(iter(self._waiting), wake) == wake
 
     @contextmanager
     def asked(self) -> Iterator[None]:
@@ -37,7 +42,7 @@ class Slack:
 
     @contextmanager
     def ahead(self) -> Iterator[None]:
-        """For the length of a block, a step goes ahead. Only where `free`."""
+        """For the length of a block, a step goes ahead. Only where `ready`."""
         self._ahead = True
         try:
             yield
@@ -46,14 +51,15 @@ class Slack:
             self._tell()
 
     def wait(self, wake: Callable[[], None]) -> None:
-        """Call `wake` once when there is slack, unless `forget` comes first."""
-        self._waiting[wake] = None
+        """Call `wake` when it is `ready`, until `forget`; who waits already keeps the place."""
+        self._waiting.setdefault(wake)
 
     def forget(self, wake: Callable[[], None]) -> None:
-        self._waiting.pop(wake, None)
+        """Wait no longer, be it that a step ahead begins now; the next one in the queue moves up."""
+        if wake in self._waiting:
+            del self._waiting[wake]
+            self._tell()
 
     def _tell(self) -> None:
         if self._waiting and self.free:
-            waiting, self._waiting = self._waiting, {}
-            for wake in waiting:
-                wake()
+            next(iter(self._waiting))()

@@ -59,27 +59,31 @@ class TargetStream:
         """The drafts of the next step, none to decode alone; and whether anybody asked for that step."""
         clock = asyncio.get_running_loop()
         free_s = clock.time()
-        while True:
-            window = self.chain.window(text, min(self.pace.max_window, text.room - 1))
-            if window or text.room == 1 or self._asked_at >= len(text):
-                return window, True
-            if not self.pace.drafting:
-                return window, True
-            left_s = free_s + self.pace.hold_s - clock.time()
-            if left_s <= 0.0 and self._slack.free:
-                return window, False
-            await self._change(left_s if left_s > 0.0 else math.inf, clock)
+        try:
+            while True:
+                window = self.chain.window(text, min(self.pace.max_window, text.room - 1))
+                if window or text.room == 1 or self._asked_at >= len(text):
+                    return window, True
+                if not self.pace.drafting:
+                    return window, True
+                left_s = free_s + self.pace.hold_s - clock.time()
+                if left_s > 0.0:
+                    self._slack.forget(self.wake)
+                elif self._slack.ready(self.wake):
+                    return window, False
+                else:
+                    self._slack.wait(self.wake)
+                await self._change(left_s, clock)
+        finally:
+            self._slack.forget(self.wake)
 
     async def _change(self, left_s: float, clock: asyncio.AbstractEventLoop) -> None:
-        """Until a frame comes, `left_s` is over or, where it is infinite, there may be slack."""
+        """Until a frame comes, `left_s` is over or, where it is over already, there may be slack."""
         self._waiter = clock.create_future()
-        timer = clock.call_later(left_s, self.wake) if left_s < math.inf else None
-        if timer is None and self.pace.hold_s < math.inf:
-            self._slack.wait(self.wake)
+        timer = clock.call_later(left_s, self.wake) if 0.0 < left_s < math.inf else None
         try:
             await self._waiter
         finally:
             self._waiter = None
-            self._slack.forget(self.wake)
             if timer is not None:
                 timer.cancel()
