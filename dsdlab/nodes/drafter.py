@@ -31,7 +31,7 @@ from dsdlab.protocol.frames import Close, Commit, Draft, Open, Resume, Verdict, 
 log = logging.getLogger("dsdlab.drafter")
 
 MAX_REOPENED = 3  # without a token between
-MAX_GAPS = 3
+MAX_GAPS = 3  # without a token between
 _MAX_SESSION = 0xFFFF
 MAX_VOCAB = 1 << 24
 
@@ -131,9 +131,8 @@ class DrafterNode(Dialer):
             finally:
                 sent += channel.bytes_sent - before[0]
                 received += channel.bytes_received - before[1]
-        run.record.finish = text.finish or ""
         run.record.bytes_up, run.record.bytes_down = dict(sent), dict(received)
-        return run.record
+        return run.finished()
 
     async def _abandon(self, session: int) -> None:
         """Tell the verifier that nobody wants the rest; best effort."""
@@ -332,5 +331,4 @@ class DrafterNode(Dialer):
                     record.t_draft_s.append(step.t_draft_s)
                     run.event("draft", now_s - compute_s - step.t_draft_s, now_s - compute_s)
                 run.event("verify" if step.drafted else "decode", now_s - compute_s, now_s)
-        record.finish = text.finish or ""
-        return record
+        return run.finished()

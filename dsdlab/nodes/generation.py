@@ -53,7 +53,7 @@ class Generation:
         """Note tokens that have just entered the text."""
         if not new:
             return
-        self.reopened = 0
+        self.reopened = self.gaps = 0
         record = self.record
         if not record.commits:
             record.ttft_s = self.since(now_s)
@@ -63,7 +63,16 @@ class Generation:
             self.on_commit(new, min(drafted, len(new)))
 
     def event(self, kind: str, begun_s: float, ended_s: float) -> None:
-        self.record.events.append((kind, self.since(begun_s), self.since(ended_s)))
+        """Note what took its time. Placed by a round trip that has changed, it is cut where this began."""
+        start_s = self.start_s
+        self.record.events.append((kind, max(begun_s - start_s, 0.0), max(ended_s - start_s, 0.0)))
+
+    def finished(self) -> GenerationRecord:
+        """The record, complete: what was still under way is cut at the end."""
+        record, end_s = self.record, self.since(asyncio.get_running_loop().time())
+        record.finish = self.text.finish or ""
+        record.events = [(kind, begun, min(ended, end_s)) for kind, begun, ended in record.events]
+        return record
 
     async def next(self, channel: Channel) -> Verdict | Commit | Pong:
         """The next frame that concerns this generation. Raises GenerationFailed for an Error frame."""
