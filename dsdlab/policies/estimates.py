@@ -18,6 +18,7 @@ ALPHA_LEAST, ALPHA_MOST = 0.02, 0.98
 COST_MEMORY = 24.0  # steps
 ROW_SHARE = 0.02  # what another row adds to a step, before rows have varied
 PRIOR_STEPS = 4.0
+LEAST_S = 1e-6  # of a step: no clock of a frame tells less
 TOKEN_MEMORY = 16.0  # drafting calls
 ROUND_TRIPS = 3  # whose median counts: a lost packet delays one
 
@@ -76,6 +77,7 @@ class Line:
         self.burden = 0.0
 
     def add(self, drafts: int, overlap_s: float, t_s: float) -> None:
+        t_s = max(t_s, LEAST_S)
         x, o, keep = float(drafts), overlap_s, self._keep
         if self._sw == 0.0:
             self._row_s = ROW_SHARE * t_s
