@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from dsdlab.policies.base import PolicyError, WindowPolicy
 
 GROUP = "dsdlab.window_policies"
+
+_offered: dict[str, Callable[..., WindowPolicy]] = {}
 
 
 @cache
@@ -27,11 +30,16 @@ def window_policy_names() -> list[str]:
     return sorted(_installed())
 
 
+def offer(name: str, maker: Callable[..., WindowPolicy]) -> None:
+    """Let this process alone know a policy by a name, beside what is installed; called with `gamma`."""
+    _offered[name] = maker
+
+
 def load_window_policy(name: str, gamma: int) -> WindowPolicy:
     """A new policy object; `gamma` is its (first or only) window. Raises PolicyError."""
-    if name not in _installed():
+    if name not in _installed() and name not in _offered:
         raise PolicyError(f"unknown window policy {name!r}; installed: {', '.join(window_policy_names())}")
-    policy = _maker(name)(gamma=gamma)
+    policy = (_offered.get(name) or _maker(name))(gamma=gamma)
     if not isinstance(policy, WindowPolicy):
         raise PolicyError(f"window policy {name!r} is no dsdlab.policies.WindowPolicy")
     return policy
