@@ -28,7 +28,7 @@ from dsdlab.protocol.frames import MAX_WINDOW
 NEGLIGIBLE = 1e-3  # the sum ends where a cycle lasts that long with no more than this probability
 MOST_STEPS = 200  # or after so many: α near 1, or a drafter that never catches up
 FIRST_FRAMES = (1, 2, 3, 4, 6, 8, 12)
-LEAST_S = 1e-9  # for a draft that costs nothing
+LEAST_S = 1e-6  # for a draft that costs nothing
 
 
 def stream_tpot_s(
@@ -93,7 +93,7 @@ def stream_tpot_s(
             while place + 1 < len(stretches) and stretches[place + 1][0] <= t_s:
                 place += 1
                 since_s, at_s, count, limit, size = stretches[place]
-            there = count + int((t_s - at_s) / t_d + 1e-9) if t_s > at_s else count
+            there = count + int((t_s - at_s) / t_d + 1e-6) if t_s > at_s else count
             if there >= limit:
                 there = limit
             elif there - count < size:
