@@ -13,7 +13,7 @@ import math
 from typing import NamedTuple
 
 from dsdlab.policies.base import FOREVER_S, Decision, Outcome, Pace, WindowPolicy, check_gamma
-from dsdlab.policies.estimates import Estimates
+from dsdlab.policies.estimates import ALPHA_MOST, Estimates
 from dsdlab.sim.theory_stream import stream_tpot_s
 
 SWITCH = 0.97  # another plan must promise a token in this share of the time
@@ -21,6 +21,7 @@ WORTH = 0.99  # one that drafts must go on promising so much against none that d
 UNLIKELY = 0.01  # drafts that come to be judged more seldom are not worth drafting
 QUIET_TOKENS = 64  # after so many without any draft, acceptance is looked at again
 PROBE_TOKENS = 8
+HOPE = 0.2  # by how much acceptance could be better than it seems
 ENOUGH_TOKENS = 16  # must have been compared before drafting ends
 ALIKE = 1.4  # settings that differ by less stay as they are
 HOLD_SHARE, HOLD_MORE_S = 1.25, 0.010  # how much longer than expected a target waits for drafts
@@ -141,7 +142,7 @@ class AdaptiveController(WindowPolicy):
             row_s=line.slope_s,
             rtt_s=known.rtt_s,
             beside_s=known.token_s if math.isnan(beside_s) else beside_s,
-            run_ahead=max(4, math.ceil(math.log(UNLIKELY) / math.log(alpha))),
+            run_ahead=_run_ahead(alpha),
             window=_largest_window(alpha, line.slope_s / token_s),
         )
 
@@ -150,10 +151,14 @@ class AdaptiveController(WindowPolicy):
         costs, context, present = self._costs, self._context, self._plan
         quiet = min((p for p in costs if not p.first), key=costs.__getitem__)
         drafting = min((p for p in costs if p.first), key=costs.__getitem__)
-        if not present.first and context >= self._quiet_since + QUIET_TOKENS:
+        unsure = self._known.compared < ENOUGH_TOKENS if present.first else False
+        stale = not present.first and context >= self._quiet_since + QUIET_TOKENS
+        if (unsure or stale) and not self._could_pay(drafting, facts, costs[quiet]):
+            unsure, self._quiet_since = False, context  # whatever acceptance is
+        elif stale:
             self._probe_until = context + PROBE_TOKENS
         needed = WORTH if present.first else SWITCH  # more to begin with it than to go on
-        probing = context < self._probe_until or (present.first and self._known.compared < ENOUGH_TOKENS)
+        probing = unsure or context < self._probe_until
         best = drafting if probing or costs[drafting] < needed * costs[quiet] else quiet
         if bool(best.first) == bool(present.first) and costs[best] > SWITCH * costs[present]:
             best = present
@@ -163,6 +168,13 @@ class AdaptiveController(WindowPolicy):
         if best != present or not _alike(settings, self._decision):
             self._decision = settings
         self._plan, self._cost_s = best, costs[best]
+
+    @staticmethod
+    def _could_pay(plan: Plan, facts: Facts, quiet_s: float) -> bool:
+        """Whether drafting would be worth it with far better drafts than there seem to be."""
+        alpha = min(facts.alpha + HOPE, ALPHA_MOST)
+        hoped = facts._replace(alpha=alpha, run_ahead=_run_ahead(alpha), window=WINDOWS[-1])
+        return cost_of(plan, hoped) < WORTH * quiet_s
 
     def describe(self, decision: Decision) -> str:
         pace = decision.pace
@@ -214,6 +226,11 @@ def _alike(new: Decision, old: Decision) -> bool:
         (new.pace.hold_s, old.pace.hold_s),
     )
     return all(a <= ALIKE * b and b <= ALIKE * a for a, b in pairs)
+
+
+def _run_ahead(alpha: float) -> int:
+    """Drafts worth making before the first is judged."""
+    return max(4, math.ceil(math.log(UNLIKELY) / math.log(alpha)))
 
 
 def _largest_window(alpha: float, row_share: float) -> int:
