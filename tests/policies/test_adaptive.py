@@ -160,7 +160,7 @@ def test_a_waiting_target_never_waits_for_ever() -> None:
 def test_quiet_sessions_look_at_acceptance_again() -> None:
     """Drafting that did not pay is tried again, in case the text has changed."""
     policy = AdaptiveController()
-    policy.begin(beside=0, rtt_s=0.3)
+    policy.begin(beside=0, rtt_s=0.03)
     drafted = []
     for context in range(400):
         decision = policy.decide()
@@ -180,8 +180,23 @@ def test_quiet_sessions_look_at_acceptance_again() -> None:
                 0,
                 context=context,
                 now_s=0.05 * context,
-                t_token_s=0.04,
+                t_token_s=0.005,
             )
         )
     assert not all(drafted[100:])
     assert any(drafted[100:])
+
+
+def test_no_session_looks_for_acceptance_where_no_drafts_could_pay() -> None:
+    """Over a round trip of twenty steps hardly a chain survives, however good the drafts: few are made."""
+    policy = AdaptiveController()
+    policy.begin(beside=0, rtt_s=1.0)
+    drafted = []
+    for context in range(300):
+        for _ in range(len(STATIC) + 5):
+            decision = policy.decide()
+        drafted.append(decision.gamma > 0)
+        policy.observe(
+            Outcome(0, 0, 0.0, 0.05, 0.0, math.nan, context=context, now_s=0.05 * context, t_token_s=0.005)
+        )
+    assert not any(drafted[10:])
