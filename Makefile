@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint bench bench-links bench-link-model bench-sim bench-runtimes report image doctor clean
+.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-sim bench-runtimes report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -15,6 +15,12 @@ lint: .venv/ready-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+bench-awc: .venv/ready-dev
+	$(PY) -m bench.awc
+
+fuzz: .venv/ready
+	$(PY) -m dsdlab fuzz --runs 10000
 
 bench: .venv/ready
 	$(PY) -m bench.engine

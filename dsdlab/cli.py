@@ -13,7 +13,9 @@ import click
 
 from dsdlab import __version__
 from dsdlab.cli_errors import UserError, guarded
+from dsdlab.cli_fuzz import fuzz
 from dsdlab.cli_simulator import COMMANDS, command_line, console, feeding, overrides_of
+from dsdlab.cli_training import train_awc
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 DEFAULT_DRAFTER = "lookup+smollm2-drafter"
@@ -339,7 +341,7 @@ def doctor(as_json: bool, selftest: bool) -> None:
     sys.exit(guarded(lambda: doctor_report.show(as_json, selftest)))
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, fuzz, train_awc):
     main.add_command(command)
 
 if __name__ == "__main__":
