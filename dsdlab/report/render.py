@@ -80,7 +80,7 @@ class Line(NamedTuple):
 def _lines(variants: Sequence[Variant]) -> list[Line]:
     groups: dict[object, list[Variant]] = {}
     for variant in variants:
-        way = (variant.mode, variant.free_run)
+        way = (variant.mode, variant.free_run, variant.beside > 0)
         groups.setdefault(way if len(variants) > MOST_SERIES else variant, []).append(variant)
     seen: Counter[str] = Counter()
     lines = []
@@ -88,7 +88,9 @@ def _lines(variants: Sequence[Variant]) -> list[Line]:
         first, label = members[0], members[0].label
         if len(members) > 1:
             what = "γ" if "windows" in best_of(members) else "setting"
-            label = f"{Variant(first.mode, '', 0, free_run=first.free_run).label}, best {what}"
+            beside = first.beside if len({m.beside for m in members}) == 1 else 0
+            alike = Variant(first.mode, "", 0, free_run=first.free_run, beside=beside)
+            label = f"{alike.label}, best {what}"
         lines.append(Line(first.mode, label, seen[first.mode], members))
         seen[first.mode] += 1
     return lines
