@@ -57,6 +57,7 @@ class FleetSpec:
     gamma: int = 4
     alpha: float = 0.8
     persist: float | None = None
+    informed: float = 0.0  # as in EmulatedProfile: what a drafter knows of its own chances
     link: LinkProfile = field(default_factory=LinkProfile)
     shared_link: bool = False
     nodelay: bool = True
@@ -250,7 +251,9 @@ class _Fleet:
         self.window = Window(spec.warmup_s, spec.duration_s or math.inf)
         self.tally = Tally(self.window)
         self.words = EmulatedProfile(seed=spec.seed)
-        self.acceptance = msgspec.structs.replace(self.words, alpha=spec.alpha, persist=spec.persist or 0.0)
+        self.acceptance = msgspec.structs.replace(
+            self.words, alpha=spec.alpha, persist=spec.persist or 0.0, informed=spec.informed
+        )
         self.prompt = (1,) * spec.prompt_tokens
         self.edge_rng = self.rng("edge")
         self._users = self.rng("users")

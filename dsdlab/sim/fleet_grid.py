@@ -86,11 +86,12 @@ def fleet_specs(
     persist = scenario.simulate.persist if persist is None else persist
     if alpha is None and all(mode == "cloud-ar" for mode in scenario.grid.mode):
         alpha = 0.0
+    informed = 0.0
     if alpha is None:
         said = _emulated(scenario.models.drafter)
         if said is None:
             raise UnfitProfile("simulate.alpha is missing; a fleet needs it unless its drafter is emulated")
-        alpha, persist = said.alpha, said.persist or None
+        alpha, persist, informed = said.alpha, said.persist or None, said.informed
     warmup_s = fleet.warmup_s if fleet.warmup_s is not None else 0.1 * (fleet.duration_s or 0.0)
     assert cloud.target is not None
     out: dict[FleetSpec, Cell] = {}
@@ -107,6 +108,7 @@ def fleet_specs(
                 gamma=cell.gamma,
                 alpha=alpha,
                 persist=persist,
+                informed=informed,
                 link=scenario.profile_of(cell),
                 shared_link=fleet.shared_link,
                 nodelay=cell.nodelay,
