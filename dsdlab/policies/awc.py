@@ -62,6 +62,8 @@ class Network:
         try:
             self._layers = {name: np.array(value, dtype=np.float64) for name, value in weights.layers.items()}
             self._mean, self._scale = np.array(weights.mean), np.array(weights.scale)
+            if not self._mean.shape == self._scale.shape == (len(FEATURES),):
+                raise ValueError(f"{len(FEATURES)} features need as many means and scales")
             self(np.zeros(len(FEATURES)))
         except (ValueError, KeyError, TypeError) as e:
             raise PolicyError(f"{WEIGHTS} is broken ({e}); train it anew: dsdlab train-awc") from None
