@@ -91,8 +91,8 @@ def main() -> int:
         for load, drafters in LOADS.items():
             base = np.array([found[task, rtt_ms, drafters, "static", 4, seed] for seed in range(args.seeds)])
             print(
-                f"{task} (α {TASKS[task]}), RTT {rtt_ms:g} ms, {drafters} drafters on {TARGETS} targets ({load}): γ = 4 "
-                f"{base[:, 0].mean():,.0f} tokens/s, TPOT {base[:, 1].mean():.1f} ms"
+                f"{task} (α {TASKS[task]}), RTT {rtt_ms:g} ms, {drafters} drafters on {TARGETS} targets "
+                f"({load}): γ = 4 {base[:, 0].mean():,.0f} tokens/s, TPOT {base[:, 1].mean():.1f} ms"
             )
             for policy, gamma in POLICIES[1:]:
                 mine = [found[task, rtt_ms, drafters, policy, gamma, seed] for seed in range(args.seeds)]
