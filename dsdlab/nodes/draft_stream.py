@@ -38,6 +38,7 @@ from dsdlab.protocol.frames import (
 )
 
 MAX_VOCAB = 1 << 24
+MAX_EPOCH = 0xFFFF  # of the wire
 BARS = 256  # that are remembered
 JOIN_S = 0.002  # drafting calls closer than this are one bar on the timeline
 SMOOTH = 0.2  # weight of the latest call in the mean time of a drafted token
@@ -58,6 +59,10 @@ def policy_of(request: GenerationRequest) -> WindowPolicy:
     if request.mode in POLICY_MODES:
         return load_window_policy(request.policy, request.gamma)
     return load_window_policy("static", 1)
+
+
+class EpochsSpent(Exception):
+    """A session has no epoch left for another chain; a new session has."""
 
 
 class DraftStream:
@@ -118,7 +123,10 @@ class DraftStream:
     # the loops -----------------------------------------------------------------------------------
 
     async def drive(self, channel: Channel) -> None:
-        """Go on over a connection until the text is finished. Raises what it and `Generation.next` raise."""
+        """Go on over a connection until the text is finished.
+
+        Raises EpochsSpent, and what the connection and `Generation.next` raise.
+        """
         self._cut()
         self._empty_at = -1
         self._began = False
@@ -181,7 +189,9 @@ class DraftStream:
         self._wake()
 
     def _cut(self) -> None:
-        """End the epoch: what is drafted and not judged is dropped."""
+        """End the epoch: what is drafted and not judged is dropped. Raises EpochsSpent."""
+        if self._run.epoch >= MAX_EPOCH:
+            raise EpochsSpent
         self._run.epoch += 1
         self._tail = []
         self._sent = 0

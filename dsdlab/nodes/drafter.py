@@ -17,7 +17,7 @@ from dsdlab.models.base import Engine
 from dsdlab.models.compute import Compute
 from dsdlab.models.drafters import Drafter
 from dsdlab.nodes.dialer import PATIENCE_S, Dial, Dialer
-from dsdlab.nodes.draft_stream import DraftStream
+from dsdlab.nodes.draft_stream import DraftStream, EpochsSpent
 from dsdlab.nodes.generation import Generation, GenerationFailed, OnCommit
 from dsdlab.nodes.record import GenerationRecord
 from dsdlab.nodes.request import EDGE_DRAFTING_MODES, STREAMING_MODES, GenerationRequest
@@ -81,10 +81,9 @@ class DrafterNode(Dialer):
                 "mode", f"mode {request.mode} needs a drafter; this node was started without one"
             )
         await self.connect()
-        self._last_session = self._last_session % _MAX_SESSION + 1
         eos_ids = self.welcome.eos_ids if self.welcome is not None and request.stop_at_eos else ()
         text = Text(request.prompt_ids, (), request.sampling, request.max_new_tokens, eos_ids)
-        run = Generation(request, self._last_session, text, start_s, on_commit)
+        run = Generation(request, self._new_session(), text, start_s, on_commit)
         sent: Counter[str] = Counter()
         received: Counter[str] = Counter()
         stream = None
@@ -110,6 +109,11 @@ class DrafterNode(Dialer):
                 run.record.reconnects += 1
                 run.epoch += 1
                 await self.reconnect()
+            except EpochsSpent:
+                await self._abandon(run.session)
+                if text.finish is not None:
+                    break
+                run.session, run.epoch, run.opened = self._new_session(), 0, False
             except Gap as e:  # no ordered connection does this: ask again for what is missing
                 log.warning("session=%d has a gap: %s", run.session, e)
                 run.gaps += 1
@@ -133,6 +137,10 @@ class DrafterNode(Dialer):
                 received += channel.bytes_received - before[1]
         run.record.bytes_up, run.record.bytes_down = dict(sent), dict(received)
         return run.finished()
+
+    def _new_session(self) -> int:
+        self._last_session = self._last_session % _MAX_SESSION + 1
+        return self._last_session
 
     async def _abandon(self, session: int) -> None:
         """Tell the verifier that nobody wants the rest; best effort."""
