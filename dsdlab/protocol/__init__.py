@@ -12,6 +12,7 @@ from dsdlab.protocol.errors import (
     Refused,
 )
 from dsdlab.protocol.frames import (
+    HOLD_FOREVER_US,
     MAX_FRAME_BYTES,
     MAX_POSITION,
     MAX_WINDOW,
@@ -27,6 +28,7 @@ from dsdlab.protocol.frames import (
     Ping,
     Pong,
     Resume,
+    Steer,
     Verdict,
     Welcome,
     digest_ids,
@@ -41,6 +43,7 @@ from dsdlab.protocol.websocket import WebSocketChannel, connect, serve
 
 __all__ = [
     "ERROR_CODES",
+    "HOLD_FOREVER_US",
     "MAX_FRAME_BYTES",
     "MAX_POSITION",
     "MAX_WINDOW",
@@ -67,6 +70,7 @@ __all__ = [
     "ProtocolError",
     "Refused",
     "Resume",
+    "Steer",
     "Verdict",
     "WebSocketChannel",
     "Welcome",

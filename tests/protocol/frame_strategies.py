@@ -16,6 +16,7 @@ from dsdlab.protocol import (
     Ping,
     Pong,
     Resume,
+    Steer,
     Verdict,
     Welcome,
     pack_ids,
@@ -63,13 +64,14 @@ opens = st.builds(
 resumes = st.builds(Resume, sessions, positions, st.binary(min_size=8, max_size=8))
 drafts = st.builds(Draft, sessions, epochs, positions, windows)
 verdicts = st.builds(Verdict, sessions, epochs, positions, counts, ids, micros, micros)
-commits = st.builds(Commit, sessions, positions, packed, counts, counts, micros, micros, micros)
+commits = st.builds(Commit, sessions, positions, packed, counts, counts, micros, micros, micros, counts)
 closes = st.builds(Close, sessions)
 errors = st.builds(
     Error, st.integers(0, 0xFFFF), st.text(max_size=32), st.text(max_size=1000), st.integers(0, 1 << 40)
 )
 pings = st.builds(Ping, unsigned, floats)
 pongs = st.builds(Pong, unsigned, floats)
+steers = st.builds(Steer, sessions, unsigned, st.booleans(), micros, st.integers(1, MAX_WINDOW), counts)
 
 by_name = {
     "Hello": hellos,
@@ -83,5 +85,6 @@ by_name = {
     "Error": errors,
     "Ping": pings,
     "Pong": pongs,
+    "Steer": steers,
 }
 any_frame = st.one_of(*by_name.values())

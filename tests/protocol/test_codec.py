@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from dsdlab.protocol import (
     MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
     AnyFrame,
     BadIds,
     Close,
@@ -36,7 +37,7 @@ from dsdlab.protocol import (
 )
 
 raw = msgspec.msgpack.encode
-HELLO = [1, 1, "n", "", "t", "k", 0.5]
+HELLO = [1, PROTOCOL_VERSION, "n", "", "t", "k", 0.5]
 OPEN = [3, 1, "dsd-sync", b"\0\0\0", b"", 0, 48, True, 0.0, 0, 1.0, 7]
 
 
@@ -142,14 +143,26 @@ def test_deep_nesting(head: bytes, depth: int) -> None:
         [*OPEN[:11], -1],
         [10, 1 << 63, 0.0],
         [10, -1, 0.0],
-        [2, 1, "n", "t", "k", 0, 1, [], [], 0.0],
-        [2, 1, "n", "t", "k", 1, 1, [-1], [], 0.0],
-        [2, 1, "n", "t", "k", 1, 1, list(range(65)), [], 0.0],
-        [1, 1, "n" * 257, "", "", "", 0.0],
+        [2, PROTOCOL_VERSION, "n", "t", "k", 0, 1, [], [], 0.0],
+        [2, PROTOCOL_VERSION, "n", "t", "k", 1, 1, [-1], [], 0.0],
+        [2, PROTOCOL_VERSION, "n", "t", "k", 1, 1, list(range(65)), [], 0.0],
+        [1, PROTOCOL_VERSION, "n" * 257, "", "", "", 0.0],
         [9, 0, "c", "m" * 1001],
         [8],
         [0, 1],
-        [12, 1],
+        [7, 1, 0, b"", 0, 0, 0, 0, 0, 257],
+        [7, 1, 0, b"", 0, 0, 0, 0, 0, -1],
+        [7, 1, 0, b"", 0, 0, 0, 0, 0, 0, 0],
+        [12, 0, 0, True, 0, 1, 0],
+        [12, 1, -1, True, 0, 1, 0],
+        [12, 1, 1 << 63, True, 0, 1, 0],
+        [12, 1, 0, 1, 0, 1, 0],
+        [12, 1, 0, True, 1 << 32, 1, 0],
+        [12, 1, 0, True, 0, 0, 0],
+        [12, 1, 0, True, 0, 257, 0],
+        [12, 1, 0, True, 0, 1, 257],
+        [12, 1, 0, True, 0, 1],
+        [13, 1],
         {"tag": 8},
         8,
         None,
@@ -168,23 +181,26 @@ def test_trailing_bytes_are_refused() -> None:
         decode(encode(Close(1)) + b"\0")
 
 
-def test_an_error_without_retry_after_is_an_error() -> None:
+def test_what_may_be_missing() -> None:
     assert decode(raw([9, 0, "busy", "full"])) == Error(0, "busy", "full", 0)
+    assert decode(raw([7, 1, 5, b"", 0, 0, 0, 0, 0])) == Commit(1, 5, b"", 0, 0, 0, 0, 0, 0)
 
 
-@pytest.mark.parametrize("version", [0, 2, 127, 128, 255, 256, 70_000])
+@pytest.mark.parametrize("version", [0, 1, 3, 127, 128, 255, 256, 70_000])
 @pytest.mark.parametrize("tag", [1, 2])
 @pytest.mark.parametrize("fields", [0, 3, 13, 20])
 def test_greeting_of_another_version(tag: int, version: int, fields: int) -> None:
     """A Hello or Welcome whose other fields changed is still recognised by its version."""
-    with pytest.raises(ProtocolError, match=f"version {version} offered; allowed: 1") as caught:
+    with pytest.raises(
+        ProtocolError, match=f"version {version} offered; allowed: {PROTOCOL_VERSION}"
+    ) as caught:
         decode(raw([tag, version, *[None] * fields]))
     assert caught.value.code == "version"
 
 
 def test_broken_hello_of_this_version_is_a_bad_frame() -> None:
     with pytest.raises(ProtocolError) as caught:
-        decode(raw([1, 1, None]))
+        decode(raw([1, PROTOCOL_VERSION, None]))
     assert caught.value.code == "bad-frame"
 
 
@@ -246,7 +262,7 @@ def test_refusal_fits_the_wire() -> None:
 
 
 def test_token_stays_out_of_repr() -> None:
-    hello = Hello(1, "n", "s3cret", "t", "k", 0.0)
+    hello = Hello(PROTOCOL_VERSION, "n", "s3cret", "t", "k", 0.0)
     assert "s3cret" not in repr(hello)
     assert "s3cret" not in str([hello])
 
@@ -259,8 +275,10 @@ def test_nan_travels() -> None:
 
 
 def test_plain_msgpack_arrays_are_frames() -> None:
-    assert decode(raw(HELLO)) == Hello(1, "n", "", "t", "k", 0.5)
+    assert decode(raw(HELLO)) == Hello(PROTOCOL_VERSION, "n", "", "t", "k", 0.5)
     assert isinstance(decode(raw(OPEN)), Open)
     assert decode(raw([10, 1, 2])) == Ping(1, 2.0)  # an integer for a float
     assert isinstance(decode(encode(Commit(1, 2, b"", 0, 0, 0, 0, 0))), Commit)
-    assert isinstance(decode(encode(Welcome(1, "n", "t", "k", 9, 9, (2,), ("cloud-ar",), 0.0))), Welcome)
+    assert isinstance(
+        decode(encode(Welcome(PROTOCOL_VERSION, "n", "t", "k", 9, 9, (2,), ("cloud-ar",), 0.0))), Welcome
+    )

@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 from dsdlab.protocol import (
+    PROTOCOL_VERSION,
     ChannelClosed,
     Close,
     Error,
@@ -42,7 +43,7 @@ POLICY = HandshakePolicy(
     token=TOKEN,
     timeout_s=5.0,
 )
-HELLO = Hello(1, "0123456789abcdef", TOKEN, "tiny-target", "tok-1", 1.5)
+HELLO = Hello(PROTOCOL_VERSION, "0123456789abcdef", TOKEN, "tiny-target", "tok-1", 1.5)
 
 
 async def meet(hello: Hello, policy: HandshakePolicy = POLICY) -> Any:
@@ -69,8 +70,9 @@ def test_welcome(run: Run, hello: Hello) -> None:
     assert isinstance(welcome, Welcome)
     assert welcome.t_s >= 0
     told = msgspec.structs.replace(welcome, t_s=0.0)
+    modes = ("cloud-ar", "dsd-sync")
     assert told == Welcome(
-        1, POLICY.node_id, "tiny-target", "tok-1", 49152, 2048, (2, 7), ("cloud-ar", "dsd-sync"), 0.0
+        PROTOCOL_VERSION, POLICY.node_id, "tiny-target", "tok-1", 49152, 2048, (2, 7), modes, 0.0
     )
 
 
@@ -84,8 +86,8 @@ def test_no_token_asked_for(run: Run) -> None:
 @pytest.mark.parametrize(
     ("change", "code", "words"),
     [
-        ({"version": 2}, "version", ["2", "1"]),
-        ({"version": 0}, "version", ["0", "1"]),
+        ({"version": 1}, "version", ["1", "2"]),
+        ({"version": 0}, "version", ["0", "2"]),
         ({"token": "guess"}, "token", ["wrong token"]),
         ({"token": ""}, "token", ["no token"]),
         ({"token": TOKEN[:-1]}, "token", ["wrong token"]),
@@ -200,7 +202,7 @@ def test_welcome_of_another_version(run: Run) -> None:
     async def main() -> None:
         client, server = memory_pair()
         await server.send(Welcome(3, "n", "t", "k", 5, 5, (), (), 0.0))
-        with pytest.raises(Refused, match="version 3 offered; allowed: 1") as caught:
+        with pytest.raises(Refused, match="version 3 offered; allowed: 2") as caught:
             await client_handshake(client, HELLO)
         assert caught.value.code == "version"
 

@@ -11,10 +11,14 @@ import msgspec
 import pytest
 
 import dsdlab.protocol as protocol
+from dsdlab.nodes.request import MAX_RUN_AHEAD
 from dsdlab.protocol import AnyFrame, decode, encode
 
 PAGE = resources.files(protocol).joinpath("PROTOCOL.md").read_text(encoding="utf-8")
 FRAMES = {c.__name__: c for c in get_args(AnyFrame)}
+OWN_RANGES = {
+    ("Error", "session"), ("Welcome", "vocab_size"), ("Welcome", "max_context"), ("Steer", "max_window"),
+}  # fmt: skip
 EXAMPLES = re.findall(r"^    ([A-Z]\w+\(.*\))\n    = ([0-9a-f ]+)$", PAGE, re.MULTILINE)
 
 
@@ -62,7 +66,7 @@ def test_documented_ranges_are_those_checked(kind: str, wanted: tuple[int, int])
         assert isinstance(info, msgspec.inspect.StructType)
         types = {f.name: f.type for f in info.fields}
         for field in re.findall(rf"^\| `(\w+)` \| {kind} \|", body, re.MULTILINE):
-            if (name, field) in {("Error", "session"), ("Welcome", "vocab_size"), ("Welcome", "max_context")}:
+            if (name, field) in OWN_RANGES:
                 continue  # the page gives these their own ranges
             bounds = types[field]
             assert isinstance(bounds, msgspec.inspect.IntType)
@@ -80,14 +84,20 @@ def test_limits() -> None:
     section = PAGE[PAGE.index("## 7. Limits") : PAGE.index("## 8.")]
     values = [int(v) for v in re.findall(r"\| (\d+) \|$", section, re.MULTILINE)]
     assert values[:3] == [protocol.MAX_FRAME_BYTES, protocol.MAX_WINDOW, protocol.MAX_POSITION + 1]
+    assert values[-1] == MAX_RUN_AHEAD
+    assert f"`base > n + {MAX_RUN_AHEAD}` is a `bad-frame`" in PAGE
     assert f"version {protocol.PROTOCOL_VERSION}" in PAGE.splitlines()[0]
 
 
 def test_invariants_name_real_tests() -> None:
-    rows = re.findall(r"^\| (W\d+) \| .* \| `(\w+\.py)::(\w+)` \|$", PAGE, re.MULTILINE)
-    assert [r[0] for r in rows] == [f"W{i}" for i in range(1, len(rows) + 1)]
-    for _, file, test in rows:
-        assert f"def {test}(" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([A-Z]\d+) \| .* \| `(\w+\.py)::(\w+)` \|$", PAGE, re.MULTILINE)
+    names = [r[0] for r in rows]
+    wire = [name for name in names if name.startswith("W")]
+    assert wire == [f"W{i}" for i in range(1, len(wire) + 1)]
+    assert names[len(wire) :] == ["C1", "C2", "F1", "K1", "K2", "R1", "R2"]
+    for name, file, test in rows:
+        folder = Path(__file__).parent if name in wire else Path(__file__).parents[1] / "nodes"
+        assert f"def {test}(" in (folder / file).read_text(encoding="utf-8")
 
 
 def test_public_names() -> None:

@@ -22,6 +22,7 @@ from event_loops import LOOPS
 
 from dsdlab.protocol import (
     MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
     AnyFrame,
     Channel,
     ChannelClosed,
@@ -55,7 +56,7 @@ Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 POLICY = HandshakePolicy(
     "n", "tiny-target", "tok-1", 49152, 2048, (2,), ("cloud-ar",), token="secret", timeout_s=5.0
 )
-HELLO = Hello(1, "c", "secret", "tiny-target", "tok-1", 0.0)
+HELLO = Hello(PROTOCOL_VERSION, "c", "secret", "tiny-target", "tok-1", 0.0)
 DRAFT_200 = Draft(7, 3, 700, pack_ids([5] * 63))  # 198 bytes: as near to 200 as ids allow
 
 
@@ -315,7 +316,7 @@ def test_bad_messages_are_refused(run: Run, message: Any, code: str, words: str,
 
 @pytest.mark.parametrize(
     ("change", "code"),
-    [({"token": "wrong"}, "token"), ({"version": 2}, "version"), ({"tokenizer": "tok-2"}, "tokenizer")],
+    [({"token": "wrong"}, "token"), ({"version": 1}, "version"), ({"tokenizer": "tok-2"}, "tokenizer")],
     ids=["token", "version", "tokenizer"],
 )
 def test_wrong_hello_is_refused_with_the_reason(run: Run, change: dict[str, Any], code: str) -> None:
