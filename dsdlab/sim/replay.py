@@ -110,10 +110,12 @@ class _Session:
 
 
 class ReplayDrafter(Drafter):
-    """The recorded drafter, of any kind: a model, lookup, or lookup first.
+    """The recorded drafter: a model, or lookup first. Of lookup alone windows can be replayed, but no tails.
 
-    After a tail it says what was recorded at the last position up to which the tail is right. INVARIANT S9:
-    behind a wrong token nothing that it says can be accepted, so that it may say anything there.
+    Behind a tail it says what the first recorded window that leads there goes on with. INVARIANT S9: while
+    the tail is right, that is what the real drafter says, at the same forwards (with lookup first, as far as
+    one window reaches). Behind a wrong token that no window holds it goes on as if that were the text:
+    nothing there can be accepted, but it takes its time.
     Raises TraceError where the text is not the recorded one, or a longer window is wanted than was recorded.
     """
 
@@ -158,7 +160,7 @@ class ReplayDrafter(Drafter):
         if n <= 0:
             return []
         if tail:
-            out, places = self._behind(text, base, list(tail), n)
+            out, places = self._behind(text, base, tail, n)
         else:
             window = self._window(text, base)
             if window is None:
@@ -175,16 +177,46 @@ class ReplayDrafter(Drafter):
         return text.proposals[at] if 0 <= at < len(text.proposals) else None
 
     def _behind(
-        self, text: TracedText, base: int, tail: list[int], n: int
+        self, text: TracedText, base: int, tail: Sequence[int], n: int
     ) -> tuple[list[int], tuple[int, ...]]:
-        """What is said after text and tail, and which places of it the model says."""
-        k = len(tail)
-        window = self._window(text, base)
-        if window is not None and window.ids[:k] == tail and len(window.ids) > k:
-            return window.ids[k : k + n], tuple(place - k for place in window.places if place >= k)
-        if text.said[base : base + k] == tail and (window := self._window(text, base + k)) is not None:
-            return window.ids[:n], window.places
-        return tail[-1:], (0,)
+        """What is said behind text and tail, and which places of it the model says."""
+        chain, out, places = list(tail), list[int](), list[int]()
+        while len(out) < n:
+            found = self._goes_on(text, base, chain)
+            if found is None:  # dead: a place costs what it would cost if the chain were right
+                window = self._window(text, base + len(chain))
+                found = (chain[-1:], (0,)) if window is None else (window.ids, window.places)
+            more, by_model = found
+            if not more:
+                break
+            more = more[: n - len(out)]
+            places += [len(out) + place for place in by_model if place < len(more)]
+            out += more
+            chain += more
+        return out, tuple(places)
+
+    def _goes_on(
+        self, text: TracedText, base: int, chain: list[int]
+    ) -> tuple[list[int], tuple[int, ...]] | None:
+        """How the first window that leads to the end of text and chain goes on from there, and which places
+        of that the model says; None where no window leads there.
+
+        The first, because lookup knows of the text what was committed, not what was drafted behind it.
+        """
+        gamma, k = self._trace.gamma, len(chain)
+        first = max(0, k - gamma + 1)
+        if chain[:first] != text.said[base : base + first]:
+            return None
+        for at in range(first, k + 1):
+            if at > first and chain[at - 1 : at] != text.said[base + at - 1 : base + at]:
+                return None
+            window, known = self._window(text, base + at), k - at
+            if window is not None and window.ids[:known] == chain[at:]:
+                if len(window.ids) > known:
+                    return window.ids[known:], tuple(p - known for p in window.places if p >= known)
+                if known < gamma:  # it ends here because the drafter had no idea
+                    return [], ()
+        return None
 
     def _spend(
         self,

@@ -83,4 +83,5 @@ class SyntheticDrafter(Drafter):
             confidences.append(engine.confidence(seed, position))
             if len(out) < n and not goes_on(confidences):
                 break
+        self.confidences = confidences
         return out

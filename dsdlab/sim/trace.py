@@ -7,7 +7,7 @@ shorter window is the beginning of a longer one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -15,12 +15,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from dsdlab.decoding import Sampling
+from dsdlab.nodes.request import STREAMING_MODES
 
 if TYPE_CHECKING:
-    from dsdlab.scenario import Scenario
+    from dsdlab.scenario import Cell, Scenario
     from dsdlab.sweep.plan import Job
 
-__all__ = ["Trace", "TraceError", "TracedText", "TracedWindow", "load_trace", "save_trace"]
+__all__ = [
+    "Trace",
+    "TraceError",
+    "TracedText",
+    "TracedWindow",
+    "load_trace",
+    "longest_window",
+    "save_trace",
+]
 
 TRACE_VERSION = 1
 EMULATED = "emulated:"
@@ -155,7 +164,7 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     def check(self, scenario: Scenario, jobs: Sequence[Job], where: str = "the trace") -> None:
         """Whether every job can be replayed. `where` names the trace for people. Raises TraceError."""
         models = scenario.models
-        gamma = max((job.cell.gamma for job in jobs), default=0)
+        gamma = longest_window(job.cell for job in jobs)
         asked = [("target", self.target, models.target), ("precision", self.precision, models.precision)]
         if gamma:
             asked.append(("drafter", self.drafter, models.drafter))
@@ -177,6 +186,14 @@ class Trace(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
                     f"{where} has {len(text.ids)} tokens of prompt {job.prompt.key} {_under(job.sampling)}; "
                     f"the scenario asks for {work.max_new_tokens}"
                 )
+
+
+def longest_window(cells: Iterable[Cell]) -> int:
+    """Tokens of the longest window that a trace must hold for cells to be replayed; 0: none is drafted.
+
+    Where drafts stream, longer tails than that follow from one window after the other.
+    """
+    return max((max(c.gamma, c.beside, int(c.mode in STREAMING_MODES)) for c in cells), default=0)
 
 
 def _under(sampling: Sampling) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from dsdlab.models.tracing import reach_beyond, record_windows
 from dsdlab.models.weights_io import load_llama_dir
 from dsdlab.nodes import GenerationRequest
 from dsdlab.sim.replay import ReplayDrafter, ReplayTarget, windows_of
-from dsdlab.sim.trace import TracedWindow
+from dsdlab.sim.trace import TracedText, TracedWindow
 
 GREEDY = Sampling()
 COUPLED = Sampling(0.8, 0, 1.0, 42)
@@ -30,6 +31,7 @@ PROMPTS = (
     "Count: one, two, three, four, one,",
     "Write a Python function that adds two numbers.",
 )
+STORY = "The cat sat on the mat, and the dog sat on the mat. The red cat ran; the old dog ran too. "
 TARGET, DRAFTER = "smollm2-135m-instruct", "lookup+smollm2-drafter"
 
 
@@ -140,8 +142,7 @@ def encode(text: str) -> list[int]:
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_one_pass_is_every_run_of_the_real_drafter(sampling: str) -> None:
     drafter = load_drafter(DRAFTER, EngineOptions(device="cpu", slots=1, max_context=512))
-    story = "The cat sat on the mat, and the dog sat on the mat. The red cat ran; the old dog ran too. "
-    ids = encode(f"Summarise this. {story * 4}Then tell it again in other words: the cat, the mat, the dog.")
+    ids = encode(f"Summarise this. {STORY * 4}Then tell it again in other words: the cat, the mat, the dog.")
     assert len(ids) > 120
     windows = check_windows(drafter, ids[:50], ids[50:], SAMPLINGS[sampling], np.random.default_rng(1))
     by_model = [m for w in windows for m in w.by_model]
@@ -184,3 +185,50 @@ def test_replay_is_the_real_run(real_target: Engine, prompt: str, sampling: str)
         assert drafted == model.forwards
         n_windows += len(real.windows)
     print(f"{n_windows} windows, {len(text.ids)} tokens, {len(text.beyond)} beyond")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", ["model", "lookup first"])
+def test_replay_is_the_real_stream(real_target: Engine, kind: str) -> None:
+    """One token at a time behind a tail that is not judged yet: the same tokens while it is right, and of a
+    model the same forwards throughout. The text is one that the drafter often foresees."""
+    first = load_drafter(DRAFTER, EngineOptions(device="cpu", slots=1, max_context=512))
+    assert isinstance(first, LookupFirst)
+    first.model.engine = model = Metered(first.model.engine)
+    drafter: Drafter = first if kind == "lookup first" else first.model
+    ids = encode(f"Say this again and again, please. {STORY * 3}")
+    prompt, said_ids = ids[:50], ids[50:]
+    windows = record_windows(drafter, prompt, said_ids, GREEDY, GAMMA)
+    text = TracedText(
+        key="k", prompt="p", prompt_ids=tuple(prompt), ids=tuple(said_ids), windows=windows,
+        temperature=0.0, top_k=0, top_p=1.0, seed=0,
+    )  # fmt: skip
+    charged: list[Forward] = []
+    replay = ReplayDrafter(trace_of(real_target, drafter, GAMMA, text), lambda *f: charged.append(f[:3]))
+    whole, rng = text.whole, random.Random(4)
+    compared = longest = 0
+    for _ in range(4):
+        charged.clear()
+        model.forwards = []
+        a, b = drafter.open(), replay.open()
+        p = text.first_base
+        real, ours = list[int](), list[int]()
+        while p < len(whole) - 1:
+            if p + len(real) < len(whole) - 1:
+                said = drafter.propose(a, whole[:p], 1, GREEDY, real)
+                told = replay.propose(b, whole[:p], 1, GREEDY, ours)
+                if real == whole[p : p + len(real)]:
+                    assert told == said, (p, real)
+                    compared += 1
+                    longest = max(longest, len(real))
+                assert kind == "lookup first" or charged == model.forwards
+                real, ours = real + said, ours + told
+            for true in whole[p : p + rng.choice((0, 0, 0, 0, 0, 0, 1, 4))]:
+                p += 1
+                real = real[1:] if real and real[0] == true else []
+                ours = ours[1:] if ours and ours[0] == true else []
+        drafter.close(a)
+        replay.close(b)
+    print(f"{kind}: {compared} tokens compared, tails of up to {longest}")
+    assert compared > 80
+    assert longest > (GAMMA if kind == "lookup first" else 2)

@@ -12,6 +12,7 @@ S6  Closed forms within 1 % where they are exact: time per token of each mode, E
     distributed drafters, throughput and latency of a pipeline, the bounds of a closed network.
 S7  Determinism: the same seed gives the same event log, byte for byte; another seed gives another.
 S8  Exactness: every generation's ids are the target's alone, under every mode and condition of the link.
+S9  Replay: behind a tail that is right a recorded drafter says what the real one says (test_replay.py).
 
 All run the product's nodes on the virtual clock (`dsdlab.sim.fleet`), S5 the compute alone.
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import timeit
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -16,6 +19,7 @@ from dsdlab.models.base import Chunk, ContextFull, ModelError, NoFreeSlot
 from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLookup
 from dsdlab.models.weights_io import LlamaWeights, load_llama_dir
 from dsdlab.nodes import GenerationRecord, GenerationRequest
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.sim.replay import ReplayDrafter, ReplayTarget, windows_of
 from dsdlab.sim.trace import Trace, TracedText, TracedWindow, TraceError
 
@@ -37,6 +41,10 @@ def odd(position: int) -> bool:
     return position * 7 % 11 < 3
 
 
+def seldom_odd(position: int) -> bool:
+    return position % 17 == 3
+
+
 def repetitive(engine: Metered) -> Metered:
     """Few different ids, so that lookup finds something in a random model's text."""
     choose = engine._inner.choose
@@ -49,10 +57,12 @@ def repetitive(engine: Metered) -> Metered:
 class Pair:
     """A tiny target, a drafter of a kind that errs now and then, and their trace."""
 
-    def __init__(self, weights: LlamaWeights, kind: str, sampling: Sampling) -> None:
+    def __init__(
+        self, weights: LlamaWeights, kind: str, sampling: Sampling, errs: Callable[[int], bool] = odd
+    ) -> None:
         self.sampling = sampling
         self.target = repetitive(Metered(engine_of(weights, "bf16")))
-        self.model = repetitive(Metered(engine_of(weights, "bf16"), odd))
+        self.model = repetitive(Metered(engine_of(weights, "bf16"), errs))
         model = ModelDrafter(self.model)
         kinds: dict[str, Drafter] = {
             "model": model,
@@ -226,6 +236,129 @@ def test_the_end_of_the_drafters_context(tmp_path: Path) -> None:
         ours, _, drafted = replayed(trace, request)
         assert ours.windows == real.windows
         assert drafted == model.forwards
+
+
+# streams: a tail that is not judged yet ------------------------------------------------------------
+
+
+class Streamed(NamedTuple):
+    """What a stream of proposals was."""
+
+    alive: int  # proposals behind a right tail
+    dead: int
+    beyond: int  # of the alive ones, those behind more tokens than a recorded window has
+    died: int  # tails
+
+
+def streamed(pair: Pair, seed: int, *, longest: int, exact_beyond: bool, dead_alike: bool) -> Streamed:
+    """S9: the real drafter and its replay side by side, in a session that drafts ahead.
+
+    longest: of a tail. exact_beyond: whether they are to agree where recorded windows do not reach.
+    dead_alike: whether they are to compute alike behind a wrong token too.
+    """
+    rng = random.Random(seed)
+    charged: list[Forward] = []
+    replay = ReplayDrafter(pair.trace, lambda *f: charged.append(f[:3]))
+    pair.model.forwards = []
+    a, b = pair.drafter.open(), replay.open()
+    whole, p = pair.text.whole, len(PROMPT) + 1
+    real, ours = list[int](), list[int]()  # the tails: one while they are right
+    alive_n = dead_n = beyond_n = died = 0
+    while p < len(whole) - 1:
+        ids = whole[:p]
+        n = rng.choice((1, 1, 1, 2, GAMMA))
+        n = min(n, longest - len(real), len(whole) - p - len(real) - 1)
+        right = real == whole[p : p + len(real)]
+        beyond = len(real) + max(n, 0) > GAMMA
+        if n > 0 and (exact_beyond or not beyond):
+            before = len(pair.model.forwards), len(charged)
+            said = pair.drafter.propose(a, ids, n, pair.sampling, real)
+            told = replay.propose(b, ids, n, pair.sampling, ours)
+            assert replay._sessions[b].held <= p
+            if right:
+                assert told == said, (p, real, n)
+                alive_n += 1
+                beyond_n += beyond
+            else:
+                dead_n += 1
+            if right or dead_alike:
+                assert charged[before[1] :] == pair.model.forwards[before[0] :], (p, real, n)
+            real, ours = real + said, ours + told
+        for _ in range(rng.choice((0, 0, 1, 2, 5)) if p > len(PROMPT) + 1 or real else 1):
+            if p == len(whole) - 1:
+                break
+            true = whole[p]
+            p += 1
+            died += bool(real) and real[0] != true
+            # the tails part behind their first wrong token, and die of it
+            real = real[1:] if real and real[0] == true else []
+            ours = ours[1:] if ours and ours[0] == true else []
+            assert bool(real) >= bool(ours)
+    pair.drafter.close(a)
+    replay.close(b)
+    return Streamed(alive_n, dead_n, beyond_n, died)
+
+
+def total(runs: Iterable[Streamed]) -> Streamed:
+    return Streamed(*(sum(column) for column in zip(*runs, strict=True)))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_s9_a_model_streams(weights: LlamaWeights, sampling: str) -> None:
+    """Longer tails than any recorded window: re-anchored, the model says the same, dead or alive."""
+    pairs = [Pair(weights, "model", SAMPLINGS[sampling], errs) for errs in (odd, seldom_odd)]
+    runs = total(
+        streamed(pair, seed, longest=3 * GAMMA, exact_beyond=True, dead_alike=True)
+        for pair in pairs
+        for seed in range(12)
+    )
+    assert min(runs) > 30, runs
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_s9_lookup_first_streams(weights: LlamaWeights, sampling: str) -> None:
+    """What lookup finds hangs on what was committed: exact as far as the recorded windows reach."""
+    pair = Pair(weights, "lookup first", SAMPLINGS[sampling])
+    runs = total(
+        streamed(pair, seed, longest=GAMMA, exact_beyond=False, dead_alike=False) for seed in range(12)
+    )
+    assert min(runs.alive, runs.dead, runs.died) > 10, runs
+
+
+@pytest.mark.parametrize("mode", STREAMING_MODES)
+@pytest.mark.parametrize("kind", ["model", "lookup first"])
+def test_whole_streams(weights: LlamaWeights, kind: str, mode: str) -> None:
+    """Where nothing takes time the steps may fall otherwise, never the text."""
+    pair = Pair(weights, kind, COUPLED)
+    for gamma, more in ((1, {}), (4, {"run_ahead": 20}), (4, {"free_run": True, "beside": 3})):
+        if mode == "dsd-pipelined" or (mode == "dsd-adaptive" and "free_run" in more):
+            more = {k: v for k, v in more.items() if k == "run_ahead"}
+        request = GenerationRequest(
+            PROMPT,
+            mode,
+            gamma=gamma,
+            sampling=COUPLED,
+            max_new_tokens=NEW_TOKENS,
+            stop_at_eos=False,
+            **more,
+        )
+        assert pair.real(request)[0].ids == pair.replayed(request)[0].ids == list(pair.text.ids)
+
+
+def test_behind_a_tail() -> None:
+    """Windows of two: the text after 1 2 is 30 40 41, and the drafter is wrong at position 3."""
+    trace, sampling = hand_made(), Sampling(0.5, seed=7)
+    drafter = ReplayDrafter(trace, ignore)
+
+    def say(ids: list[int], tail: list[int], n: int) -> list[int]:
+        return drafter.propose(drafter.open(), ids, n, sampling, tail)
+
+    text = [1, 2, 30]
+    assert say(text, [], 1) == [41]
+    assert say(text, [41], 1) == [41]  # recorded behind it, though dead
+    assert say(text, [40], 1) == [41]  # right, but not what the window at 3 says: the one at 4 goes on
+    assert say(text, [9], 1) == [41]  # never recorded: as if it were the text
+    assert say(text, [9, 8], 3) == [8, 8, 8]  # nor that: anything, as much as is asked for
 
 
 # the parts by themselves -------------------------------------------------------------------------

@@ -92,6 +92,17 @@ def test_a_text_to_its_end_is_long_enough() -> None:
         ({"precision": "fp32"}, {}, "the trace is of precision fp32; the scenario's is bf16"),
         ({"drafter": "other"}, {}, "the trace is of drafter other; the scenario's is small"),
         ({"gamma": 2}, {}, "the trace has windows of 2 tokens; the scenario asks for 3"),
+        (
+            {"gamma": 0},
+            {"grid": {"mode": ["dsd-stream"]}},
+            "windows of 0 tokens; the scenario asks for 1",
+        ),
+        ({"drafter": "other"}, {"grid": {"mode": ["dsd-stream"]}}, "the trace is of drafter other"),
+        (
+            {"gamma": 3},
+            {"grid": {"mode": ["dsd-stream"], "free_run": [True], "beside": [4]}},
+            "has windows of 3 tokens; the scenario asks for 4",
+        ),
         ({"ids": (1, 2, 3, 4)}, {}, "the trace has 4 tokens of prompt "),
         ({}, {"workload": {"max_new_tokens": 6}}, "5 tokens of prompt "),
         ({}, {"run": {"seed": 2}}, "has no text of prompt . under temperature 0.8, seed 20000"),
