@@ -54,6 +54,8 @@ class SharedCompute(SimCompute):
         """As `SimCompute.run`."""
         loop = asyncio.get_running_loop()
         asked_s = self._begin_s = loop.time()
+        if self._jobs:
+            self._busy_until_s = asked_s  # it begins when those before it are over: no rest
         self._spent_s = 0.0
         result = work()
         if self._spent_s == 0.0 and not self._jobs:

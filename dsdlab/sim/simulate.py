@@ -19,7 +19,7 @@ from dsdlab.models.base import Engine
 from dsdlab.models.drafters import LOOKUP, Drafter, PromptLookup
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile, parse_profile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
-from dsdlab.nodes.request import EDGE_DRAFTING_MODES
+from dsdlab.nodes.request import EDGE_DRAFTING_MODES, STREAMING_MODES
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed
 from dsdlab.scenario import Cell, Scenario
@@ -92,8 +92,8 @@ class Pair:
 
     def drafter_on(self, node: str, compute: SimCompute, rng: random.Random, slots: int = SLOTS) -> Drafter:
         """The drafter on a node. slots: sessions at a time."""
-        if self.trace is None and self.drafter == LOOKUP and self.alpha is None:
-            return PromptLookup()
+        if self.drafter == LOOKUP and self.alpha is None:
+            return PromptLookup()  # itself, recorded or not: it costs nothing
         cost = self._cost(node, "drafter") if self.drafter != LOOKUP else ForwardCost(base_s=0.0)
         if self.trace is not None and cost is not None:
             return ReplayDrafter(self.trace, compute.meter(cost, rng))
@@ -352,7 +352,8 @@ def _outside(pair: Pair, cell: Cell, jobs: Sequence[Job], scenario: Scenario) ->
         return ""
     prompt = max(len(job.prompt_ids) for job in jobs)
     context = prompt + scenario.workload.max_new_tokens
-    rows = max(prompt, cell.gamma + 1)
+    longest = max(cell.gamma, cell.beside, cell.run_ahead if cell.mode in STREAMING_MODES else 0)
+    rows = max(prompt, longest + 1)
     nodes = {"cloud": {"target"}, "edge": set()}
     if cell.mode == "cloud-sd":
         nodes["cloud"].add("drafter")

@@ -8,7 +8,7 @@ import pytest
 
 from dsdlab.models.compute import Timing
 from dsdlab.sim.contention import SharedCompute, share
-from dsdlab.sim.costs import Contention
+from dsdlab.sim.costs import Contention, ForwardCost
 from dsdlab.sim.loop import run
 
 
@@ -87,6 +87,28 @@ def test_a_cancelled_work_keeps_its_place() -> None:
         await asyncio.sleep(0.5)
         first.cancel()
         assert (await second)[0][0] == pytest.approx(2.0)
+
+    run(main())
+
+
+def test_who_waited_for_the_one_before_has_not_rested() -> None:
+    """A forward after 0.5 s of rest takes 0.3 s longer; the second of two in a row has had none."""
+    cost = ForwardCost(base_s=1.0, after_idle=((0.5, 0.3),))
+
+    async def main() -> None:
+        one, _ = pair(2.0, 2.0)
+        charge = one.meter(cost)
+
+        async def forward() -> float:
+            _, timing = await one.run(lambda: charge(1, 1, 0, 0))
+            return timing.compute_s
+
+        assert await forward() == pytest.approx(1.3)  # nothing ran before it
+        before = asyncio.create_task(forward())
+        await asyncio.sleep(0.6)
+        assert [await forward(), await before] == pytest.approx([1.0, 1.0])
+        await asyncio.sleep(0.5)
+        assert await forward() == pytest.approx(1.3)
 
     run(main())
 

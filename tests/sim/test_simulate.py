@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import random
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from dsdlab.decoding import Sampling
-from dsdlab.nodes import GenerationRequest
+from dsdlab.models.drafters import PromptLookup
+from dsdlab.nodes import GenerationRecord, GenerationRequest
 from dsdlab.scenario import Scenario, load_scenario
-from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
+from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.costs import Contention, ForwardCost, NodeCosts, SystemProfile, UnfitProfile
 from dsdlab.sim.predict import predict
 from dsdlab.sim.prediction import PredictionError, encode_prediction, load_prediction
 from dsdlab.sim.profile import LinkProfile, LinkStep
 from dsdlab.sim.simulate import Pair, simulate_generation
+from dsdlab.sim.theory_stream import stream_tpot_s
+from dsdlab.sim.trace import Trace
 from dsdlab.sweep.plan import Job, plan_jobs
 from dsdlab.sweep.workload import Prompt
 
 TARGET = "emulated:base_s=0.05,per_token_s=0.001"
 DRAFTER = "emulated:base_s=0.005,alpha=0.8"
 PAIR = Pair(target=TARGET, drafter=DRAFTER)
-MODES = ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync")
+WAYS: dict[str, dict[str, Any]] = {
+    "cloud-ar": {},
+    "cloud-sd": {},
+    "edge-sd": {},
+    "dsd-sync": {},
+    "dsd-pipelined": {"run_ahead": 12},
+    "dsd-stream": {},
+    "free run": {"mode": "dsd-stream", "free_run": True},
+    "free run beside": {"mode": "dsd-stream", "free_run": True, "beside": 3},
+    "dsd-adaptive": {},
+    "dsd-adaptive beside": {"mode": "dsd-adaptive", "beside": 3},
+}
+STREAMS = tuple(way for way in WAYS if way.startswith(("dsd-p", "dsd-stream", "free", "dsd-a")))
 SCENARIO = f"""
 name = "small"
 [models]
@@ -40,12 +60,25 @@ repeats = 2
 [simulate]
 draws = 3
 """
+EMPTY: dict[str, Any] = {
+    "target": "t",
+    "drafter": "prompt-lookup",
+    "precision": "bf16",
+    "tokenizer": "",
+    "vocab_size": 9,
+    "eos_ids": (),
+    "max_context": 64,
+    "gamma": 4,
+    "texts": (),
+}
 NODE = NodeCosts(target=ForwardCost(base_s=0.05), drafter=ForwardCost(base_s=0.004))
 PROFILE = SystemProfile(name="made-up", origin="published", source="a test", edge=NODE, cloud=NODE)
 
 
-def request(mode: str, *, n: int = 40, gamma: int = 4) -> GenerationRequest:
-    return GenerationRequest([5, 3, 9], mode, gamma=gamma, sampling=Sampling(seed=7), max_new_tokens=n)
+def request(way: str, *, n: int = 40, gamma: int = 4) -> GenerationRequest:
+    """A generation in one of `WAYS`."""
+    fields = {"mode": way, "gamma": gamma, "sampling": Sampling(seed=7), "max_new_tokens": n} | WAYS[way]
+    return GenerationRequest([5, 3, 9], **fields)
 
 
 def planned(tmp_path: Path, text: str = SCENARIO) -> tuple[Scenario, list[Job]]:
@@ -54,13 +87,86 @@ def planned(tmp_path: Path, text: str = SCENARIO) -> tuple[Scenario, list[Job]]:
     return scenario, plan_jobs(scenario, [Prompt("a", "one two"), Prompt("b", "three")], [[1, 2], [3]])
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_says_what_the_target_says_alone(mode: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_every_mode_says_what_the_target_says_alone(way: str) -> None:
     alone = simulate_generation(PAIR, request("cloud-ar"), LinkProfile(), seed="a").ids
     lossy = LinkProfile(rtt_ms=80, rate_up_mbit=1, rate_down_mbit=1, loss_pct=5, jitter_ms=10)
     assert len(alone) == 40
     for seed in "abc":
-        assert simulate_generation(PAIR, request(mode), lossy, seed=seed).ids == alone
+        record = simulate_generation(PAIR, request(way), lossy, seed=seed)
+        assert record.ids == alone
+        assert (record.drafted > 0) == (way in STREAMS or way in ("edge-sd", "dsd-sync"))
+
+
+@pytest.mark.parametrize("way", STREAMS)
+def test_a_stream_is_the_same_every_time_and_jitter_is_drawn_anew(way: str) -> None:
+    link = LinkProfile(rtt_ms=60, loss_pct=3, jitter_ms=20)
+    one, two, other = (
+        msgspec.json.encode(simulate_generation(PAIR, request(way, n=120), link, seed=seed))
+        for seed in ("1", "1", "2")
+    )
+    assert one == two
+    assert one != other
+
+
+def test_a_stream_by_hand() -> None:
+    """α = 1, RTT 20 ms, t_d = 5 ms, t_v(k) = 51 + k ms. Times are since the edge has the prompt's token.
+
+    Draft j is at the target at 10 + 5 j. So the first step has one draft and lasts from 15 to 67; then eleven
+    drafts have come and two tokens are in the text: the second step has nine of them, and so on. (Over a
+    longer link TCP's first window of ten segments would be in the way.)
+    """
+    pair = Pair(target=TARGET, drafter="emulated:base_s=0.005,alpha=1")
+    record = simulate_generation(pair, request("dsd-stream", n=60), LinkProfile(rtt_ms=20), seed="a")
+    text, now_ms, windows = 0, 15.0, list[tuple[int, int]]()
+    while text < 59:
+        k = min(int((now_ms - 10.0) / 5.0), 58) - text
+        windows.append((k, k))
+        text += k + 1
+        now_ms += 51.0 + k
+    assert record.windows[1:] == windows
+    assert record.windows[1:3] == [(1, 1), (9, 9)]
+    assert record.commits[-1][0] - record.commits[0][0] == pytest.approx((now_ms + 10.0) / 1e3, rel=1e-6)
+
+
+@pytest.mark.parametrize("rtt_ms", [0, 20, 100])
+@pytest.mark.parametrize("free", [False, True])
+def test_long_streams_take_what_the_closed_form_says(free: bool, rtt_ms: float) -> None:
+    """The closed form is of means; these are two texts of 1500 tokens."""
+    pair = Pair(target=TARGET, drafter=DRAFTER, max_context=2048)
+    times_s = []
+    for seed in range(2):
+        ask = request("free run" if free else "dsd-stream", n=1500)
+        ask = dataclasses.replace(ask, sampling=Sampling(seed=seed), run_ahead=64)
+        times_s.append(simulate_generation(pair, ask, LinkProfile(rtt_ms=rtt_ms), seed="a").tpot_s or 0.0)
+    hold_s = 0.0 if free else math.inf
+    expected_s = stream_tpot_s(0.8, 0.005, 0.051, 0.001, rtt_ms / 1e3, hold_s=hold_s, run_ahead=64)
+    assert sum(times_s) / 2 == pytest.approx(expected_s, rel=0.03)
+
+
+def test_company_slows_only_those_who_compute_at_once() -> None:
+    """On one machine drafting takes the target's memory from it; who waits for the other loses nothing."""
+    crowded = msgspec.structs.replace(PROFILE, contention=Contention(target=1.3, drafter=1.2))
+    alone, beside = (Pair(target="t", drafter="d", profile=p, alpha=0.8) for p in (PROFILE, crowded))
+    link = LinkProfile(rtt_ms=30)
+
+    def both(way: str) -> list[GenerationRecord]:
+        return [simulate_generation(pair, request(way), link, seed="a") for pair in (alone, beside)]
+
+    for way in ("cloud-ar", "cloud-sd", "edge-sd", "dsd-sync"):
+        one, other = both(way)
+        assert one.windows == other.windows
+        assert other.commits[-1][0] == pytest.approx(one.commits[-1][0], rel=1e-9)
+    for way in STREAMS:
+        one, other = both(way)
+        assert one.ids == other.ids
+        target = sum(other.t_verify_s) / len(other.t_verify_s) / 0.05
+        drafter = sum(other.t_draft_s) / len(other.t_draft_s) / 0.004
+        assert 1.02 < target <= 1.3
+        assert 1.02 < drafter <= 1.2 + 1e-9
+        if way == "free run":  # the target never rests
+            assert drafter == pytest.approx(1.2)
+        assert (other.tpot_s or 0.0) > (one.tpot_s or 0.0)
 
 
 def test_times_are_what_costs_and_link_say() -> None:
@@ -179,6 +285,24 @@ def test_extrapolation_is_marked(tmp_path: Path) -> None:
     assert {c.outside for c in cells if c.axes["mode"] == "cloud-ar"} == {
         "target on the cloud: context 26 (calibrated to 8)"
     }
+
+
+def test_the_longest_window_of_a_stream_is_its_run_ahead(tmp_path: Path) -> None:
+    text = SCENARIO.replace('mode = ["cloud-ar", "cloud-sd", "dsd-sync"]', 'mode = ["dsd-stream"]')
+    scenario, jobs = planned(tmp_path, text.replace("[grid]", "[grid]\nrun_ahead = [3, 12]"))
+    few = msgspec.structs.replace(NODE, target=ForwardCost(base_s=0.05, tokens=(1, 5)))
+    profile = msgspec.structs.replace(PROFILE, cloud=few)
+    cells = predict(scenario, jobs, Pair(target="t", drafter="d", profile=profile, alpha=0.5), draws=1).cells
+    assert {(c.axes["run_ahead"], c.outside) for c in cells} == {
+        (3, ""),
+        (12, "target on the cloud: rows 13 (calibrated to 5)"),
+    }
+
+
+def test_lookup_alone_is_not_replayed_but_run() -> None:
+    pair = Pair(target="t", drafter="prompt-lookup", profile=PROFILE, trace=Trace(**EMPTY))
+    drafter = pair.drafter_on("edge", SimCompute(), random.Random(1))
+    assert isinstance(drafter, PromptLookup)
 
 
 def test_models_without_costs_or_words_are_refused() -> None:
