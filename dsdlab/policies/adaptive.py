@@ -17,7 +17,7 @@ from dsdlab.policies.estimates import ALPHA_MOST, Estimates
 from dsdlab.sim.theory_stream import stream_tpot_s
 
 SWITCH = 0.97  # another plan must promise a token in this share of the time
-WORTH = 0.99  # one that drafts must go on promising so much against none that does, for drafts cost energy
+WORTH = 0.97  # drafting must promise so much against none: on one machine it slows the target a little
 UNLIKELY = 0.01  # drafts that come to be judged more seldom are not worth drafting
 QUIET_TOKENS = 64  # after so many without any draft, acceptance is looked at again
 PROBE_TOKENS = 8
@@ -157,7 +157,7 @@ class AdaptiveController(WindowPolicy):
             unsure, self._quiet_since = False, context  # whatever acceptance is
         elif stale:
             self._probe_until = context + PROBE_TOKENS
-        needed = WORTH if present.first else SWITCH  # more to begin with it than to go on
+        needed = WORTH if present.first else SWITCH * WORTH  # more to begin with it than to go on
         probing = unsure or context < self._probe_until
         best = drafting if probing or costs[drafting] < needed * costs[quiet] else quiet
         if bool(best.first) == bool(present.first) and costs[best] > SWITCH * costs[present]:
