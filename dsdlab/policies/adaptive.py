@@ -28,6 +28,7 @@ HOLD_SHARE, HOLD_MORE_S = 1.25, 0.010  # how much longer than expected a target 
 FIRSTS = (1, 2, 3, 4, 6, 8, 12)
 WINDOWS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 FIRST_BESIDE = 4
+FIRST_WINDOW = 8  # drafts judged in a step until it is known what they cost: lookup may have any number
 BESIDES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
 
 
@@ -84,7 +85,7 @@ class AdaptiveController(WindowPolicy):
         self._facts: Facts | None = None
         self._plan = FREE
         self._cost_s = math.inf  # a token under the plan
-        self._decision = Decision(1, pace=Pace(0.0))
+        self._decision = Decision(1, pace=Pace(0.0, FIRST_WINDOW))
         self._context = 0
         self._quiet_since = 0  # context at which drafting ended
         self._probe_until = 0  # context, while acceptance is looked at again
@@ -100,7 +101,7 @@ class AdaptiveController(WindowPolicy):
             self._known.observe_rtt(rtt_s)
         if beside:
             self._plan = Plan(1, min(beside, self._gamma or FIRST_BESIDE), False)
-            self._decision = Decision(1, pace=Pace(0.0, beside=self._plan.beside))
+            self._decision = Decision(1, pace=Pace(0.0, FIRST_WINDOW, self._plan.beside))
 
     def observe_rtt(self, rtt_s: float) -> None:
         self._known.observe_rtt(rtt_s)
