@@ -6,14 +6,19 @@ position k is accepted given that all before it were (arXiv 2606.20591 poses it 
 bandit over windows). A judged window tells about every position up to its first rejection: all windows
 are learned from each one (semi-bandit feedback). Each probability enters with its upper confidence bound
 
-    ᾱ_k = min(1, α̂_k + sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows so far
+    ᾱ_k = min(1, α̂_k + sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows
 
 (Auer, Cesa-Bianchi, Fischer, "Finite-time analysis of the multiarmed bandit problem", 2002, with Hoeffding's
 constant), and the window is the γ with the least time per token,
 
     (γ t_d + round + t_v(γ)) / (1 + Σ_k Π_{i≤k} ᾱ_i).
 
-Positions that were seldom reached look good, so they are tried; what they turn out to be decides.
+Positions that were seldom reached look good, so they are tried; what they turn out to be decides. Before its
+first verdict a position is believed to be like the one before it: were each thought good in itself, a chain
+of them, none ever reached, would promise much where nothing is accepted.
+
+What is known is forgotten, so N counts no more windows than are remembered (Garivier and Moulines, "On
+upper-confidence bound policies for switching bandit problems", 2011).
 """
 
 from __future__ import annotations
@@ -25,33 +30,33 @@ from dsdlab.policies.estimates import Estimates
 
 LARGEST = 16
 KEEP = 0.98  # of what is known, each window: acceptance changes along a text
-FIRST, FIRST_WEIGHT = 0.7, 2.0  # what is believed of a position before its first verdict, and as how many
+FIRST_WEIGHT = 2.0  # verdicts as which the position before counts for each; for the first, the whole text
 CURIOSITY = 0.25  # share of the confidence radius that counts; 1 is the bound itself, which explores for long
 
 
 class UcbWindow(WindowPolicy):
-    """Learns when to stop. gamma: the first window, and the largest if it is above 16.
+    """Learns when to stop. gamma: the first window (at least 1), and the largest if it is above 16.
 
     Raises PolicyError for a gamma out of range.
     """
 
     def __init__(self, gamma: int = 4) -> None:
-        self._first = check_gamma(gamma)
+        self._first = max(check_gamma(gamma), 1)  # 0 would never learn
         most = max(LARGEST, gamma)
-        self._stood = [FIRST * FIRST_WEIGHT] * most  # by position in the window: verdicts that accepted it
-        self._judged = [FIRST_WEIGHT] * most
-        self._windows = 0
+        self._stood = [0.0] * most  # by position in the window: verdicts that accepted it
+        self._judged = [0.0] * most
+        self._windows = 0.0  # remembered
         self._known = Estimates()
 
     def observe(self, outcome: Outcome) -> None:
         self._known.observe(outcome)
         if not outcome.drafted:
             return
-        self._windows += 1
+        self._windows = self._windows * KEEP + 1.0
         stood, judged = self._stood, self._judged
         for k in range(len(judged)):
-            stood[k] = stood[k] * KEEP + FIRST * FIRST_WEIGHT * (1.0 - KEEP)  # back to what was believed
-            judged[k] = judged[k] * KEEP + FIRST_WEIGHT * (1.0 - KEEP)
+            stood[k] *= KEEP
+            judged[k] *= KEEP
         for k in range(min(outcome.accepted + 1, outcome.drafted, len(judged))):
             judged[k] += 1.0
             stood[k] += k < outcome.accepted
@@ -66,9 +71,11 @@ class UcbWindow(WindowPolicy):
         log_n = math.log(self._windows + 1.0)
         best, best_s = 0, wait_s
         expected = chance = 1.0
-        for k, n in enumerate(self._judged):
-            radius = math.sqrt(log_n / (2.0 * n))
-            chance *= min(1.0, self._stood[k] / n + CURIOSITY * radius)
+        alpha = known.alpha
+        for k, judged in enumerate(self._judged):
+            n = judged + FIRST_WEIGHT
+            alpha = (self._stood[k] + alpha * FIRST_WEIGHT) / n
+            chance *= min(1.0, alpha + CURIOSITY * math.sqrt(log_n / (2.0 * n)))
             expected += chance
             tpot_s = (wait_s + (k + 1) * each_s) / expected
             if tpot_s < best_s:
