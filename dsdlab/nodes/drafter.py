@@ -129,6 +129,9 @@ class DrafterNode(Dialer):
                 run.reopened += 1  # the verifier forgot the session: open it again where it stands
                 run.epoch += 1
                 run.opened = False
+                if stream is not None:  # more drafts of it are on their way, to be refused one by one
+                    await self._abandon(run.session)
+                    run.session, run.epoch = self._new_session(), 0
             except BaseException:
                 await self._abandon(run.session)
                 raise
