@@ -26,7 +26,7 @@ class Drafter(ABC):
     by_model: Sequence[bool] = ()
     """Of the last `propose`: for each token, whether a model said it (lookup costs nothing)."""
     confidences: Sequence[float] = ()
-    """Of the last `propose` with `goes_on`: what it was told; NaN where no model spoke."""
+    """Of the last `propose` with `goes_on`, for each token; NaN where no model spoke."""
 
     @abstractmethod
     def open(self) -> int:
@@ -103,16 +103,18 @@ class ModelDrafter(Drafter):
         tail: Sequence[int] = (),
         goes_on: GoesOn | None = None,
     ) -> list[int]:
-        whole = [*ids, *tail] if tail else ids
-        n = min(n, self.engine.info.max_context - len(whole))
+        base = len(ids) + len(tail)
+        n = min(n, self.engine.info.max_context - base)
         if n <= 0:
-            self.by_model = ()
+            self.by_model = self.confidences = ()
             return []
         held = self._held[slot]
-        # the last token is always computed again if need be: its logits are wanted
-        keep = min(common_prefix(held, whole), len(whole) - 1)
+        keep = common_prefix(held, ids)
+        if keep == len(ids):  # no list of the whole text: this runs once a token
+            keep += common_prefix(held[keep:], list(tail))
+        keep = min(keep, base - 1)  # the last token is computed again if need be: its logits are wanted
         self.engine.rollback(slot, keep)
-        feed = list(whole[keep:])
+        feed = [*ids[keep:], *tail[max(keep - len(ids), 0) :]]
         known = feed
         if max(feed) >= self._vocab_size:  # a target padded to a larger vocabulary: any stand-in will do
             known = [i if i < self._vocab_size else 0 for i in feed]
@@ -181,11 +183,16 @@ class PromptLookup(Drafter):
         n: int,
         sampling: Sampling,  # noqa: ARG002 - lookup is blind to it
         tail: Sequence[int] = (),
-        goes_on: GoesOn | None = None,  # noqa: ARG002 - and has no confidence
+        goes_on: GoesOn | None = None,
     ) -> list[int]:
         at = self.find(slot, ids, tail)
         out = list(ids[at : at + n])
+        sure = [math.nan] * len(out)  # no model spoke
+        if goes_on is not None:
+            enough = (k for k in range(1, len(out)) if not goes_on(sure[:k]))
+            out = out[: next(enough, len(out))]
         self.by_model = (False,) * len(out)
+        self.confidences = () if goes_on is None else sure[: len(out)]
         return out
 
 

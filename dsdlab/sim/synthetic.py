@@ -46,7 +46,7 @@ class SyntheticDrafter(Drafter):
         base = length + len(tail)
         n = min(n, engine.info.max_context - base)
         if n <= 0:
-            self.by_model = ()
+            self.by_model = self.confidences = ()
             return []
         held, after = self._held[slot]
         if after:
@@ -58,6 +58,7 @@ class SyntheticDrafter(Drafter):
         say, seed = engine.token, sampling.seed
         if goes_on is None:
             out = [say(seed, position) for position in range(base, base + n)]
+            self.confidences = ()
         else:
             out = self._while_it_goes_on(base, n, seed, goes_on)
             n = len(out)
