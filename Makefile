@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-sim bench-runtimes report image doctor clean
+.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -30,6 +30,9 @@ bench-links: .venv/ready
 
 bench-sim: .venv/ready-dev
 	$(PY) -m bench.sim
+
+bench-policies: .venv/ready
+	$(PY) -m bench.policies
 
 bench-link-model: .venv/ready
 	$(PY) -m bench.link_model

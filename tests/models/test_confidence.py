@@ -1,4 +1,4 @@
-"""Drafting behind a tail and with confidences: the same tokens, no forward too many, windows that end early."""
+"""Drafting behind a tail and with confidences: the same tokens, no forward too many, early ends."""
 
 from __future__ import annotations
 
