@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.scenario_parts import Grid, LinkPart, Part, Run
 
-__all__ = ["ROUTINGS", "Fleet", "Routing", "check_fleet"]
+__all__ = ["FLEET_MODES", "ROUTINGS", "Fleet", "Routing", "check_fleet"]
 
-FLEET_MODES = ("cloud-ar", "cloud-sd", "dsd-sync")
+FLEET_MODES = ("cloud-ar", "cloud-sd", "dsd-sync", *STREAMING_MODES)
 ROUTINGS = ("random", "round-robin", "jsq")
 Routing = Literal["random", "round-robin", "jsq"]
 

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -23,9 +23,11 @@ from dsdlab.decoding import Sampling
 from dsdlab.models.drafters import Drafter, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRecord, GenerationRequest, VerifierNode
+from dsdlab.nodes.request import EDGE_DRAFTING_MODES, STREAMING_MODES
+from dsdlab.policies.base import RUN_AHEAD
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed, Refused
-from dsdlab.scenario_fleet import ROUTINGS
+from dsdlab.scenario_fleet import FLEET_MODES, ROUTINGS
 from dsdlab.sim import loop
 from dsdlab.sim.channel import SimLink
 from dsdlab.sim.compute import SimCompute
@@ -33,9 +35,8 @@ from dsdlab.sim.costs import ForwardCost, NodeCosts, UnfitProfile
 from dsdlab.sim.fleet_parts import Log, LoggedChannel, MeasuredCompute, Router, Tally, Window, quantile
 from dsdlab.sim.profile import LinkProfile
 
-__all__ = ["FLEET_MODES", "FleetResult", "FleetSpec", "Percentiles", "run_fleet"]
+__all__ = ["FleetResult", "FleetSpec", "Percentiles", "run_fleet"]
 
-FLEET_MODES = ("cloud-ar", "cloud-sd", "dsd-sync")
 OPEN_SLOTS = 1 << 17  # of each verifier where neither slots nor users are numbered
 OnRecord = Callable[[GenerationRecord], None]
 NO_EDGE = NodeCosts(drafter=ForwardCost(base_s=0.0))
@@ -43,7 +44,7 @@ NO_EDGE = NodeCosts(drafter=ForwardCost(base_s=0.0))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSpec:
-    """One fleet. The fields of `dsdlab.scenario_fleet.Fleet` mean here what they mean there.
+    """One fleet. Fields of `dsdlab.scenario_fleet.Fleet` and `GenerationRequest` mean what they mean there.
 
     drafters: users of a closed workload; None: an open one of `arrival_per_s`. edge, cloud: what the models
         cost on each node; the target's `stages` and `hop_s` partition it (a drafter beside it likewise).
@@ -55,6 +56,9 @@ class FleetSpec:
     mode: str = "dsd-sync"
     policy: str = "static"
     gamma: int = 4
+    run_ahead: int = RUN_AHEAD
+    free_run: bool = False
+    beside: int = 0
     alpha: float = 0.8
     persist: float | None = None
     informed: float = 0.0  # as in EmulatedProfile: what a drafter knows of its own chances
@@ -98,6 +102,22 @@ class FleetSpec:
             raise ValueError(f"warmup_s is {self.warmup_s}; allowed: 0 or more, less than duration_s")
         if not self.think_s >= 0.0:
             raise ValueError(f"think_s is {self.think_s}; allowed: 0 or more")
+        self.request((1,), 0)  # which names a field that no node could serve
+
+    def request(self, prompt_ids: Sequence[int], seed: int) -> GenerationRequest:
+        """What one of its generations asks for."""
+        return GenerationRequest(
+            prompt_ids=prompt_ids,
+            mode=self.mode,
+            policy=self.policy,
+            gamma=self.gamma,
+            run_ahead=self.run_ahead,
+            free_run=self.free_run,
+            beside=self.beside,
+            sampling=Sampling(self.temperature, seed=seed),
+            max_new_tokens=self.max_new_tokens,
+            stop_at_eos=False,
+        )
 
 
 class Percentiles(msgspec.Struct, frozen=True):
@@ -118,9 +138,10 @@ class Percentiles(msgspec.Struct, frozen=True):
 class FleetResult(msgspec.Struct, frozen=True, kw_only=True):
     """What became of a fleet, the warm-up and what came after `duration_s` left out.
 
-    generations: begun then, and finished; windows (forwards of the target), drafted, wasted (tokens), times
-    and bytes are theirs. tokens, goodput_tps: what was committed then. utilisation, queue_mean, wait_ms: one
-    of each verifier: share of the time that its stages were busy, number of works that wait, their mean wait.
+    generations: begun then, and finished; windows (forwards of the target), drafted, wasted (tokens; where
+    drafts stream the edge's, judged or not), times and bytes are theirs. tokens, goodput_tps: what was
+    committed then. utilisation, queue_mean, wait_ms: one of each verifier: share of the time that its stages
+    were busy, number of works that wait, their mean wait.
     """
 
     generations: int
@@ -184,7 +205,7 @@ class _Verifier:
         rng = fleet.rng(self.name)
         engine = fleet.engine(fleet.words, target, self.compute, rng, slots)
         drafter: Drafter | None = None
-        if spec.mode == "cloud-sd":
+        if spec.mode == "cloud-sd" or spec.beside:
             if cloud.drafter is None:
                 raise UnfitProfile("the profile has no costs of the drafter on the cloud node")
             drafter = ModelDrafter(fleet.engine(fleet.acceptance, cloud.drafter, self.compute, rng, slots))
@@ -208,7 +229,7 @@ class _Device:
         self._link = fleet.shared_link
         cost = fleet.spec.edge.drafter
         self._drafter: Drafter | None = None
-        if fleet.spec.mode == "dsd-sync":
+        if fleet.spec.mode in EDGE_DRAFTING_MODES:
             if cost is None:
                 raise UnfitProfile("the profile has no costs of the drafter on the edge node")
             engine = fleet.engine(fleet.acceptance, cost, self.compute, fleet.edge_rng, 1)
@@ -249,7 +270,7 @@ class _Fleet:
     def __init__(self, spec: FleetSpec, log: Log | None, on_record: OnRecord | None) -> None:
         self.spec, self.log, self.on_record = spec, log, on_record
         self.window = Window(spec.warmup_s, spec.duration_s or math.inf)
-        self.tally = Tally(self.window)
+        self.tally = Tally(self.window, streamed=spec.mode in STREAMING_MODES)
         self.words = EmulatedProfile(seed=spec.seed)
         self.acceptance = msgspec.structs.replace(
             self.words, alpha=spec.alpha, persist=spec.persist or 0.0, informed=spec.informed
@@ -354,18 +375,9 @@ class _Fleet:
         spec = self.spec
         seed = device.number << 20 | device.generations
         device.generations += 1
-        request = GenerationRequest(
-            prompt_ids=self.prompt,
-            mode=spec.mode,
-            policy=spec.policy,
-            gamma=spec.gamma,
-            sampling=Sampling(spec.temperature, seed=seed),
-            max_new_tokens=spec.max_new_tokens,
-            stop_at_eos=False,
-        )
         begun_s = self.clock.time()
         try:
-            record = await node.generate(request, self._on_commit)
+            record = await node.generate(spec.request(self.prompt, seed), self._on_commit)
         except GenerationFailed as e:
             if e.code != "busy":
                 raise

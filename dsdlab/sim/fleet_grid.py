@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from dsdlab.models.emulated import EmulatedProfile, parse_profile
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.protocol.codec import encode
 from dsdlab.protocol.frames import Draft, Verdict, pack_ids
 from dsdlab.scenario import Cell, Scenario
@@ -25,11 +26,17 @@ EMULATED = "emulated:"
 
 
 class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One fleet: where it stands in the grid, what became of it, and what the closed form allows at most."""
+    """One fleet: where it stands in the grid, what became of it, and what the closed form allows at most.
+
+    bound_tps: None where drafts stream, of which the closed form knows nothing.
+    """
 
     mode: str
     policy: str
     gamma: int
+    run_ahead: int
+    free_run: bool
+    beside: int
     rtt_ms: float
     rate_mbit: float | None
     loss_pct: float
@@ -40,7 +47,7 @@ class FleetRow(msgspec.Struct, frozen=True, kw_only=True):
     routing: str
     stages: int
     alpha: float
-    bound_tps: float
+    bound_tps: float | None
     result: FleetResult
 
 
@@ -106,6 +113,9 @@ def fleet_specs(
                 mode=cell.mode,
                 policy=cell.policy,
                 gamma=cell.gamma,
+                run_ahead=cell.run_ahead,
+                free_run=cell.free_run,
+                beside=cell.beside,
                 alpha=alpha,
                 persist=persist,
                 informed=informed,
@@ -174,7 +184,8 @@ def bound_tps(spec: FleetSpec) -> float:
     """Tokens per second that a fleet commits at most, on average; tables call it the closed form.
 
     By the operational laws (`dsdlab.sim.queueing`): a generation needs the target for D seconds and all else
-    for Z; windows are as long as γ and commit E(γ) tokens. For loss-free links and static windows.
+    for Z; windows are as long as γ and commit E(γ) tokens. For loss-free links, static windows and modes in
+    which nobody drafts while the target works.
     """
     n, gamma, drafting = spec.max_new_tokens, spec.gamma, spec.mode != "cloud-ar"
     target, edge, cloud = spec.cloud.target, spec.edge, spec.cloud
@@ -223,6 +234,9 @@ def _row(cell: Cell, spec: FleetSpec, result: FleetResult) -> FleetRow:
         mode=cell.mode,
         policy=cell.policy,
         gamma=cell.gamma,
+        run_ahead=cell.run_ahead,
+        free_run=cell.free_run,
+        beside=cell.beside,
         rtt_ms=cell.rtt_ms,
         rate_mbit=cell.rate_mbit,
         loss_pct=cell.loss_pct,
@@ -233,7 +247,7 @@ def _row(cell: Cell, spec: FleetSpec, result: FleetResult) -> FleetRow:
         routing=spec.routing,
         stages=spec.cloud.target.stages,
         alpha=spec.alpha,
-        bound_tps=bound_tps(spec),
+        bound_tps=None if spec.mode in STREAMING_MODES else bound_tps(spec),
         result=result,
     )
 

@@ -147,10 +147,10 @@ class Router:
 
 
 class Tally:
-    """Adds up generations; keeps two numbers of each."""
+    """Adds up generations; keeps two numbers of each. streamed: drafts are not judged window by window."""
 
-    def __init__(self, window: Window) -> None:
-        self._window = window
+    def __init__(self, window: Window, *, streamed: bool = False) -> None:
+        self._window, self._streamed = window, streamed
         self.tpot_s, self.ttft_s = array("d"), array("d")
         self.generations = 0  # begun in the window, and finished
         self.refused = 0
@@ -174,10 +174,13 @@ class Tally:
         self.ttft_s.append(record.ttft_s)
         if record.tpot_s is not None:
             self.tpot_s.append(record.tpot_s)
-        for drafted, accepted in record.windows:
-            self.windows += 1
-            self.drafted += drafted
-            self.accepted += accepted
+        self.windows += len(record.windows)
+        if self._streamed:
+            self.drafted += record.drafted
+            self.accepted += record.drafts_committed
+        else:
+            self.drafted += sum(drafted for drafted, _ in record.windows)
+            self.accepted += sum(accepted for _, accepted in record.windows)
         self.bytes_up += sum(record.bytes_up.values())
         self.bytes_down += sum(record.bytes_down.values())
 

@@ -13,7 +13,8 @@ from dsdlab.sim.fleet_grid import FleetRow, fleet_json
 __all__ = ["FleetReport", "capacity_lines", "fleet_table"]
 
 AXES = {
-    "mode": "mode", "policy": "policy", "gamma": "γ", "rtt_ms": "RTT ms", "rate_mbit": "Mbit/s",
+    "mode": "mode", "policy": "policy", "gamma": "γ", "run_ahead": "run-ahead", "free_run": "free run",
+    "beside": "beside", "rtt_ms": "RTT ms", "rate_mbit": "Mbit/s",
     "loss_pct": "loss %", "jitter_ms": "jitter ms", "drafters": "drafters", "arrival_per_s": "sessions/s",
     "verifiers": "verifiers", "routing": "routing", "stages": "stages",
 }  # fmt: skip
@@ -50,8 +51,8 @@ def fleet_table(rows: Sequence[FleetRow]) -> Table:
         table.add_row(
             *(_axis(getattr(row, name)) for name in shown),
             f"{r.goodput_tps:.1f}",
-            f"{row.bound_tps:.1f}",
-            *(_ms(v) for v in (r.tpot_ms.p50, r.tpot_ms.p95, r.ttft_ms.p50, r.ttft_ms.p95)),
+            _one(row.bound_tps),
+            *(_one(v) for v in (r.tpot_ms.p50, r.tpot_ms.p95, r.ttft_ms.p50, r.ttft_ms.p95)),
             _each([f"{100 * u:.0f}" for u in r.utilisation]),
             _each([f"{q:.2f}" for q in r.queue_mean]),
             _each([f"{w:.1f}" for w in r.wait_ms]),
@@ -61,10 +62,12 @@ def fleet_table(rows: Sequence[FleetRow]) -> Table:
 
 
 def _axis(value: float | str | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return "–" if value is None else value if isinstance(value, str) else f"{value:g}"
 
 
-def _ms(value: float | None) -> str:
+def _one(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 

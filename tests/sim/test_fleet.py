@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import tracemalloc
@@ -13,6 +14,7 @@ import msgspec
 import pytest
 from rich.console import Console
 
+from dsdlab.nodes import GenerationRecord
 from dsdlab.scenario import Scenario, ScenarioError, load_scenario
 from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
 from dsdlab.sim.fleet import FleetResult, FleetSpec, run_fleet
@@ -20,6 +22,7 @@ from dsdlab.sim.fleet_grid import bound_tps, fleet_json, fleet_specs, simulate_f
 from dsdlab.sim.fleet_parts import Router, Window, quantile
 from dsdlab.sim.fleet_table import FleetReport, capacity_lines, fleet_table
 from dsdlab.sim.profile import LinkProfile
+from dsdlab.sim.simulate import Pair, simulate_generation
 
 SCENARIOS = Path(__file__).parents[2] / "scenarios"
 EDGE = NodeCosts(drafter=ForwardCost(base_s=0.005))
@@ -133,6 +136,7 @@ def test_no_fleet_beats_its_bound(mode: str, drafters: int) -> None:
 
 def test_memory_is_of_the_sessions_not_of_their_number_of_tokens() -> None:
     def peak(generations: int) -> int:
+        gc.collect()  # when it runs next must not hang on the tests before
         tracemalloc.start()
         run_fleet(spec(drafters=50, verifiers=50, generations_per_session=generations, max_new_tokens=16))
         _, top = tracemalloc.get_traced_memory()
@@ -143,9 +147,54 @@ def test_memory_is_of_the_sessions_not_of_their_number_of_tokens() -> None:
     assert peak(12) < peak(3) + 200_000  # nine more generations of each of 50 users
 
 
+STREAMS: dict[str, dict[str, Any]] = {
+    "dsd-pipelined": {"run_ahead": 12},
+    "dsd-stream": {},
+    "free run": {"mode": "dsd-stream", "free_run": True},
+    "beside": {"mode": "dsd-stream", "free_run": True, "beside": 3},
+    "dsd-adaptive": {"beside": 3},
+}
+
+
+@pytest.mark.parametrize("way", STREAMS)
+def test_a_streaming_fleet_of_one_is_one_pair(way: str) -> None:
+    """The same nodes, costs and acceptance as of `simulate_generation`: the same generation."""
+    few = {"mode": way, "drafters": 1, "max_new_tokens": 60, "prompt_tokens": 8, "seed": 0}
+    what = spec(**(few | STREAMS[way]))
+    records: list[GenerationRecord] = []
+    result = run_fleet(what, on_record=records.append)
+    profile = SystemProfile(name="p", origin="published", source="a test", edge=EDGE, cloud=CLOUD)
+    pair = Pair(target="t", drafter="d", profile=profile, alpha=what.alpha)
+    alone = simulate_generation(pair, what.request((1,) * 8, 0), what.link, seed="a")
+    (record,) = records
+    assert record.windows == alone.windows
+    assert [n for _, n in record.commits] == [n for _, n in alone.commits]
+    assert [t for t, _ in record.commits] == pytest.approx([t for t, _ in alone.commits])
+    assert result.inexact == 0
+    assert result.drafted == record.drafted
+    assert result.wasted == record.wasted
+    assert result.tpot_ms.p50 == pytest.approx(1e3 * (record.tpot_s or 0.0))
+
+
+@pytest.mark.parametrize("way", STREAMS)
+def test_a_loaded_streaming_fleet_says_what_the_target_says(way: str) -> None:
+    """Six users of one verifier over bad links; free run gives way to those who wait."""
+    link = LinkProfile(rtt_ms=60.0, loss_pct=3.0, jitter_ms=15.0)
+    fields = {"mode": way, "drafters": 6, "generations_per_session": 2, "link": link} | STREAMS[way]
+    result = run_fleet(spec(**fields))
+    assert result.generations == 12
+    assert result.tokens == 12 * 64
+    assert result.inexact == result.refused == 0
+    assert 0 < result.wasted < result.drafted
+    assert without_wall(run_fleet(spec(**fields))) == without_wall(result)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"mode": "dsd-pipelined", "gamma": 9, "run_ahead": 8}, "gamma is 9"),
+        ({"mode": "dsd-stream", "beside": 2}, "beside is 2"),
+        ({"mode": "dsd-stream", "run_ahead": 0}, "run_ahead is 0"),
         ({"mode": "edge-sd"}, "mode is 'edge-sd'"),
         ({"routing": "best"}, "routing is 'best'"),
         ({"drafters": None}, "drafters, arrival_per_s"),
@@ -168,8 +217,9 @@ def test_a_missing_cost_is_named() -> None:
         run_fleet(spec(drafters=1, edge=NodeCosts()))
     with pytest.raises(UnfitProfile, match="target on the cloud"):
         run_fleet(spec(drafters=1, cloud=NodeCosts()))
-    with pytest.raises(UnfitProfile, match="drafter on the cloud"):
-        run_fleet(spec(drafters=1, mode="cloud-sd", cloud=NodeCosts(target=CLOUD.target)))
+    for changes in ({"mode": "cloud-sd"}, STREAMS["beside"]):
+        with pytest.raises(UnfitProfile, match="drafter on the cloud"):
+            run_fleet(spec(drafters=1, cloud=NodeCosts(target=CLOUD.target), **changes))
 
 
 def test_small_tools() -> None:
@@ -245,6 +295,26 @@ def test_a_grid_of_fleets(tmp_path: Path) -> None:
     assert len(lines) == 1 + len(rows)
     assert lines[0].split()[:5] == ["mode", "γ", "drafters", "verifiers", "routing"]
     assert "loss" not in lines[0]  # it does not vary
+
+
+def test_a_grid_of_streams(tmp_path: Path) -> None:
+    text = HEAD.replace('"dsd-sync"]', '"dsd-stream"]\nfree_run = [false, true]\nbeside = [0, 2]')
+    rows = simulate_fleet_grid(scenario(text + "drafters = [2]\ngenerations_per_session = 1\n", tmp_path))
+    assert [(r.mode, r.free_run, r.beside, r.bound_tps is None) for r in rows] == [
+        ("cloud-ar", False, 0, False),
+        ("dsd-stream", False, 0, True),
+        ("dsd-stream", True, 0, True),
+        ("dsd-stream", True, 2, True),
+    ]
+    out = io.StringIO()
+    Console(file=out, width=200).print(fleet_table(rows))
+    head, *lines = out.getvalue().splitlines()
+    assert head.split()[:6] == ["mode", "γ", "free", "run", "beside", "drafters"]
+    assert [line.split()[:4] for line in lines[2:]] == [
+        ["dsd-stream", "0", "yes", "0"],
+        ["dsd-stream", "0", "yes", "2"],
+    ]
+    assert capacity_lines(rows, 1e6)[-1].startswith("dsd-stream, free run yes, beside 2: 2 drafters")
 
 
 def test_capacity_in_words(tmp_path: Path) -> None:

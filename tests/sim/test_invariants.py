@@ -41,7 +41,9 @@ from dsdlab.decoding import Sampling
 from dsdlab.models.drafters import ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest, VerifierNode
+from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.protocol.errors import ChannelClosed, Refused
+from dsdlab.scenario_fleet import FLEET_MODES
 from dsdlab.sim import loop, queueing, theory
 from dsdlab.sim.channel import SimChannel, SimLink, websocket_bytes
 from dsdlab.sim.compute import SimCompute
@@ -52,7 +54,7 @@ from dsdlab.sim.profile import HEADER_BYTES, Direction, LinkProfile, wire_bytes
 T_D_S, T_V_S = 0.004, 0.030
 EDGE = NodeCosts(drafter=ForwardCost(base_s=T_D_S))
 CLOUD = NodeCosts(target=ForwardCost(base_s=T_V_S), drafter=ForwardCost(base_s=T_D_S))
-MODES = ("cloud-ar", "cloud-sd", "dsd-sync")
+MODES = FLEET_MODES
 ROUGH = LinkProfile(rtt_ms=40.0, up_fraction=0.3, rate_up_mbit=0.2, rate_down_mbit=0.5, jitter_ms=12.0)
 LINKS = {
     "clean": LinkProfile(rtt_ms=40.0),
@@ -143,12 +145,12 @@ def busy(mode: str, link: str, **changes: Any) -> FleetSpec:
 def test_s1_tokens_are_conserved(mode: str, link: str) -> None:
     result, events = watched(busy(mode, link))
     asked = 5 * 3 * 23
-    decided = delivered = drafted = accepted = 0
+    decided = delivered = drafted = judged = accepted = 0
     for way, sent, received in events.directions():
         for event in sent:
             if way == "down" and event.frame == "Commit":
                 decided += event.fields["ids"]
-                drafted += event.fields["drafted"]
+                judged += event.fields["drafted"]
                 accepted += event.fields["accepted"]
             elif way == "down" and event.frame == "Verdict":
                 decided += event.fields["accepted"] + 1
@@ -160,9 +162,12 @@ def test_s1_tokens_are_conserved(mode: str, link: str) -> None:
                 delivered += event.fields["ids"] if event.frame == "Commit" else event.fields["accepted"] + 1
     assert decided == delivered == result.tokens == asked
     assert result.generations == 15
-    assert drafted == result.drafted
-    assert accepted + result.wasted == drafted
-    assert (drafted > 0) == (mode != "cloud-ar")
+    if mode in STREAMING_MODES:  # of what is drafted not all is sent, and of that not all is judged
+        assert judged < drafted <= result.drafted
+    else:  # the frames of a mode tell it once: those of the edge or those of the cloud
+        assert drafted + judged == result.drafted
+    assert accepted + result.wasted == result.drafted
+    assert (result.drafted > 0) == (mode != "cloud-ar")
 
 
 @pytest.mark.parametrize("link", LINKS)
@@ -174,7 +179,8 @@ def test_s2_causes_come_before_effects(mode: str, link: str) -> None:
     for way, sent, received in events.directions():
         rate = profile.rate_mbit(way)
         least_s = profile.delay_s(way) - profile.jitter_ms / 1e3 * profile.fraction(way)
-        for before, after in zip(sent, received, strict=True):
+        # a Ping may be under way when a generation ends
+        for before, after in zip(sent, received, strict=mode != "dsd-adaptive"):
             size = wire_bytes(websocket_bytes(before.size, masked=way == "up"))
             serialise_s = 0.0 if rate is None else size * 8.0 / (rate * 1e6)
             assert after.t_s >= before.t_s + least_s + serialise_s - 2e-9  # the log rounds to 1 ns
@@ -343,7 +349,7 @@ def test_s6_expected_tokens_and_time_per_token() -> None:
         "cloud-sd": float(theory.cloud_sd_tpot_s(ALPHA, GAMMA, T_D_S, T_V_S)),
         "dsd-sync": float(theory.sync_tpot_s(ALPHA, GAMMA, T_D_S, T_V_S, rtt_s)),
     }
-    for mode in MODES:
+    for mode in exact:
         few = {"generations_per_session": 2} if mode == "cloud-ar" else {}  # nothing is random there
         measured, tau, result = tpot_s(long_sessions(mode, **few))
         assert result.inexact == 0
