@@ -1,15 +1,21 @@
 """The UCB window: when to stop drafting, as a bandit that learns each position's acceptance.
 
-To draft one token more is worth its cost while the chance that it is committed, times what a token is worth
-in time, exceeds that cost. That is an optimal stopping problem, whose unknowns are the probabilities that
-position k is accepted given that all before it were (arXiv 2606.20591 poses it so; arXiv 2505.15141 has the
-bandit over windows). A judged window tells about every position up to its first rejection: all windows
-are learned from each one (semi-bandit feedback). Each probability enters with its upper confidence bound
+Which window takes the least expected time per expected token is an optimal stopping problem with a ratio
+for its reward; the best window grows with the round trip, but only as its logarithm (Sun et al.,
+"Delay-adaptive speculation control for low-latency edge-cloud LLM inference", arXiv 2606.20591). Their
+UCB-SpecStop has an arm for every γ, tries each once, and then takes the least of S_N/S_A - β sqrt(n ln
+t)/S_A: the time over the tokens of an arm's n rounds, less a radius (as its abstract and a public program
+of that name have it; BanditSpec, arXiv 2505.15141, has such arms for whole configurations). A text may be
+over before 16 arms are known.
 
-    ᾱ_k = min(1, α̂_k + sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows
+Here the ratio is theirs, the arms are not: a judged window tells about every position up to its first
+rejection, so all windows are learned from each one (semi-bandit feedback). Position k's probability to be
+accepted, given that all before it were, enters with its upper confidence bound
+
+    ᾱ_k = min(1, α̂_k + c sqrt(ln N / (2 n_k))),   n_k: verdicts on position k, N: windows, c: CURIOSITY
 
 (Auer, Cesa-Bianchi, Fischer, "Finite-time analysis of the multiarmed bandit problem", 2002, with Hoeffding's
-constant), and the window is the γ with the least time per token,
+constant), times are estimates of what was measured, and the window is the γ with the least time per token,
 
     (γ t_d + round + t_v(γ)) / (1 + Σ_k Π_{i≤k} ᾱ_i).
 
