@@ -24,13 +24,16 @@ ROUND_TRIPS = 3  # whose median counts: a lost packet delays one
 
 
 class Rate:
-    """How often something is so: a share of trials that forgets. The prior counts as `weight` trials."""
+    """How often something is so: a share of trials that forgets. The prior counts as `weight` trials.
+
+    memory: trials after which one counts for a third.
+    """
 
     __slots__ = ("_hits", "_keep", "_trials")
 
-    def __init__(self, first: float = 0.0, weight: float = 0.0) -> None:
+    def __init__(self, first: float = 0.0, weight: float = 0.0, memory: float = ALPHA_MEMORY) -> None:
         self._hits, self._trials = first * weight, weight
-        self._keep = 1.0 - 1.0 / ALPHA_MEMORY
+        self._keep = 1.0 - 1.0 / memory
 
     def add(self, hits: int, trials: int) -> None:
         keep = self._keep**trials

@@ -45,6 +45,15 @@ def test_never_certain() -> None:
     assert rate.value() > 0.0
 
 
+def test_a_rate_forgets_over_its_memory() -> None:
+    for memory in (40.0, 200.0):
+        rate = Rate(memory=memory)
+        for hit in (1, 0):
+            for _ in range(round(memory if hit == 0 else 20 * memory)):
+                rate.add(hit, 1)
+        assert rate.value() == pytest.approx(math.exp(-1.0), rel=0.02)
+
+
 def test_cost_line_finds_rows_and_what_drafting_beside_costs() -> None:
     line, draw = Line(), random.Random(2)
     for _ in range(300):
