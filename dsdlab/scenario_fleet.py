@@ -19,6 +19,7 @@ Drafters = Annotated[int, Field(ge=1, le=1_000_000)]
 Arrivals = Annotated[float, Field(gt=0, le=1e6)]
 Seconds = Annotated[float, Field(gt=0, le=1e6)]
 Few = Annotated[int, Field(ge=1, le=1000)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Fleet(Part):
@@ -30,6 +31,8 @@ class Fleet(Part):
     drafters: a closed workload: so many users with a drafter each, who begin a new session after a pause.
     arrival_per_s: an open one instead: sessions come by Poisson's law, bring a drafter and leave.
     routing: which verifier a session gets and keeps: at random, in turn, or the one with the fewest sessions.
+    alpha: chances that a drafted token is the target's, one position like another (of several tasks, say), in
+        place of an emulated drafter's.
     stages, stage_hop_ms: the target lies on so many devices in a row, an equal share of its time on each.
     duration_s: nobody begins a generation afterwards; those under way are finished. Without it each user has
         one session. warmup_s: what begins before counts nowhere; a tenth of `duration_s` by default.
@@ -42,6 +45,7 @@ class Fleet(Part):
     arrival_per_s: Annotated[list[Arrivals], Field(min_length=1)] | None = None
     verifiers: list[Few] = Field(default=[1], min_length=1)
     routing: list[Routing] = Field(default=["round-robin"], min_length=1)
+    alpha: Annotated[list[Share], Field(min_length=1)] | None = None
     stages: list[Few] = Field(default=[1], min_length=1)
     stage_hop_ms: Annotated[float, Field(ge=0, le=60_000)] = 0.0
     think_s: Annotated[float, Field(ge=0, le=1e6)] = 0.0
@@ -53,7 +57,7 @@ class Fleet(Part):
     shared_link: bool = False
     max_tpot_ms: Annotated[float, Field(gt=0, le=1e6)] | None = None
 
-    @field_validator("drafters", "arrival_per_s", "verifiers", "routing", "stages")
+    @field_validator("drafters", "arrival_per_s", "verifiers", "routing", "alpha", "stages")
     @classmethod
     def _no_repeats(cls, values: list[Any] | None) -> list[Any] | None:
         if values is not None and len(set(values)) != len(values):

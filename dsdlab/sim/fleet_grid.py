@@ -63,7 +63,7 @@ def simulate_fleet_grid(
 ) -> list[FleetRow]:
     """Run every fleet of a scenario. profile: what the models cost; None where they are emulated and say so.
 
-    alpha, persist: of the acceptance, in place of the scenario's [simulate] or its emulated drafter.
+    alpha, persist: of the acceptance, in place of the scenario's [fleet], [simulate] or its emulated drafter.
     Raises UnfitProfile where costs or acceptance are missing, GridFailed.
     """
     specs = fleet_specs(scenario, profile, alpha=alpha, persist=persist)
@@ -89,24 +89,19 @@ def fleet_specs(
     if fleet is None:
         raise UnfitProfile(f"scenario {scenario.name} has no table [fleet]")
     edge, cloud = _costs(scenario, profile)
-    alpha = scenario.simulate.alpha if alpha is None else alpha
-    persist = scenario.simulate.persist if persist is None else persist
-    if alpha is None and all(mode == "cloud-ar" for mode in scenario.grid.mode):
-        alpha = 0.0
-    informed = 0.0
-    if alpha is None:
-        said = _emulated(scenario.models.drafter)
-        if said is None:
-            raise UnfitProfile("simulate.alpha is missing; a fleet needs it unless its drafter is emulated")
-        alpha, persist, informed = said.alpha, said.persist or None, said.informed
+    acceptances = _acceptances(scenario, alpha, persist)
     warmup_s = fleet.warmup_s if fleet.warmup_s is not None else 0.1 * (fleet.duration_s or 0.0)
     assert cloud.target is not None
     out: dict[FleetSpec, Cell] = {}
     loads: list[tuple[int | None, float | None]]
     loads = [(n, None) for n in fleet.drafters or ()] + [(None, rate) for rate in fleet.arrival_per_s or ()]
     for cell in scenario.cells():
-        for (drafters, arrival_per_s), verifiers, stages, routing in product(
-            loads, fleet.verifiers, fleet.stages, fleet.routing
+        for (alpha, persist, informed), (drafters, arrival_per_s), verifiers, stages, routing in product(
+            acceptances if cell.mode != "cloud-ar" else acceptances[:1],  # there it is nothing
+            loads,
+            fleet.verifiers,
+            fleet.stages,
+            fleet.routing,
         ):
             target = msgspec.structs.replace(cloud.target, stages=stages, hop_s=fleet.stage_hop_ms / 1e3)
             spec = FleetSpec(
@@ -140,6 +135,27 @@ def fleet_specs(
             )
             out.setdefault(spec, cell)
     return [(cell, spec) for spec, cell in out.items()]
+
+
+def _acceptances(
+    scenario: Scenario, alpha: float | None, persist: float | None
+) -> list[tuple[float, float | None, float]]:
+    """Every (alpha, persist, informed) of a fleet's drafters. Raises UnfitProfile."""
+    assert scenario.fleet is not None
+    said = _emulated(scenario.models.drafter)
+    if alpha is None and persist is None and scenario.fleet.alpha is not None:
+        if scenario.simulate.alpha is not None:
+            raise UnfitProfile("fleet.alpha, simulate.alpha are both given; allowed: one of the two")
+        return [(each, None, said.informed if said is not None else 0.0) for each in scenario.fleet.alpha]
+    alpha = scenario.simulate.alpha if alpha is None else alpha
+    persist = scenario.simulate.persist if persist is None else persist
+    if alpha is not None:
+        return [(alpha, persist, 0.0)]
+    if all(mode == "cloud-ar" for mode in scenario.grid.mode):
+        return [(0.0, persist, 0.0)]
+    if said is None:
+        raise UnfitProfile("simulate.alpha is missing; a fleet needs it unless its drafter is emulated")
+    return [(said.alpha, said.persist or None, said.informed)]
 
 
 def _emulated(name: str) -> EmulatedProfile | None:

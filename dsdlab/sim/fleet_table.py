@@ -16,7 +16,7 @@ AXES = {
     "mode": "mode", "policy": "policy", "gamma": "γ", "run_ahead": "run-ahead", "free_run": "free run",
     "beside": "beside", "rtt_ms": "RTT ms", "rate_mbit": "Mbit/s",
     "loss_pct": "loss %", "jitter_ms": "jitter ms", "drafters": "drafters", "arrival_per_s": "sessions/s",
-    "verifiers": "verifiers", "routing": "routing", "stages": "stages",
+    "alpha": "α", "verifiers": "verifiers", "routing": "routing", "stages": "stages",
 }  # fmt: skip
 HEADS = [  # of what became of a fleet
     "tokens/s",

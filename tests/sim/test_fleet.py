@@ -349,6 +349,24 @@ def test_costs_come_from_a_profile(tmp_path: Path) -> None:
         fleet_specs(many, msgspec.structs.replace(profile, cloud=NodeCosts()), alpha=0.4)
 
 
+def test_acceptance_can_be_an_axis(tmp_path: Path) -> None:
+    text = HEAD.replace("alpha=0.7", "alpha=0.7,informed=2") + "drafters = [2]\nduration_s = 5\n"
+    tasks = text + "alpha = [0.6, 0.3]\n"
+    assert {(s.alpha, s.informed) for _, s in fleet_specs(scenario(text, tmp_path))} == {(0.7, 2.0)}
+    specs = [(c.mode, c.gamma, s.alpha, s.informed) for c, s in fleet_specs(scenario(tasks, tmp_path))]
+    assert specs == [("cloud-ar", 0, 0.6, 2.0)] + [
+        ("dsd-sync", g, a, 2.0) for g in (2, 4) for a in (0.6, 0.3)
+    ]
+    assert {s.alpha for _, s in fleet_specs(scenario(tasks, tmp_path), alpha=0.5)} == {0.5}
+    out = io.StringIO()
+    Console(file=out, width=200).print(fleet_table(simulate_fleet_grid(scenario(tasks, tmp_path), workers=1)))
+    assert out.getvalue().splitlines()[0].split()[:4] == ["mode", "γ", "drafters", "α"]
+    with pytest.raises(UnfitProfile, match=r"fleet\.alpha, simulate\.alpha are both given"):
+        fleet_specs(scenario(tasks + "[simulate]\nalpha = 0.5\n", tmp_path))
+    with pytest.raises(ScenarioError, match=r"fleet\.alpha\.0 is 1\.5"):
+        scenario(text + "alpha = [1.5]\n", tmp_path)
+
+
 def test_a_scenario_without_a_fleet_has_none(tmp_path: Path) -> None:
     with pytest.raises(UnfitProfile, match=r"has no table \[fleet\]"):
         fleet_specs(scenario('name = "x"\n[grid]\nrtt_ms = [1]\n', tmp_path))
