@@ -8,15 +8,15 @@ import pytest
 
 NAMES = {
     "dsdlab.decoding": {
-        "FINISH_EOS", "FINISH_LENGTH", "Sampling", "SparseQ", "accepted_length", "apply_limits", "gumbel",
-        "log_softmax", "pick", "residual", "sample_rejection", "sparsify", "verify", "warp",
+        "FINISH_EOS", "FINISH_LENGTH", "Sampling", "SparseQ", "accepted_length", "apply_limits", "confidence",
+        "gumbel", "log_softmax", "pick", "residual", "sample_rejection", "sparsify", "verify", "warp",
     },
     "dsdlab.nodes": {
         "MODES", "DrafterNode", "GenerationFailed", "GenerationRecord", "GenerationRequest", "VerifierNode",
     },
     "dsdlab.policies": {
-        "Decision", "Outcome", "PolicyError", "StaticWindow", "WindowPolicy", "load_window_policy",
-        "window_policy_names",
+        "FOREVER_S", "RUN_AHEAD", "Pace", "Decision", "Outcome", "PolicyError", "StaticWindow", "WindowPolicy",
+        "load_window_policy", "window_policy_names",
     },
     "dsdlab.report": {"render"},
 }  # fmt: skip

@@ -194,11 +194,13 @@ def test_the_controller_is_for_its_own_mode(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_fleet_has_the_modes_that_it_can_simulate() -> None:
-    with pytest.raises(ValueError, match=r"grid\.mode is 'dsd-stream' with \[fleet\]; allowed: cloud-ar"):
+    with pytest.raises(
+        ValueError, match=r"grid\.mode is 'edge-sd' with \[fleet\], and shares nothing; allowed: cloud-ar"
+    ):
         Scenario.model_validate(
             {
                 "name": "s",
-                "grid": {"mode": ["dsd-stream"], "rtt_ms": [50]},
+                "grid": {"mode": ["edge-sd"], "rtt_ms": [50]},
                 "fleet": {"drafters": [4], "duration_s": 5},
             }
         )
