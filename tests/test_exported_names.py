@@ -15,7 +15,8 @@ NAMES = {
         "MODES", "DrafterNode", "GenerationFailed", "GenerationRecord", "GenerationRequest", "VerifierNode",
     },
     "dsdlab.policies": {
-        "FOREVER_S", "RUN_AHEAD", "Pace", "Decision", "Outcome", "PolicyError", "StaticWindow", "WindowPolicy",
+        "FOREVER_S", "RUN_AHEAD", "Decision", "Outcome", "Pace", "PolicyError", "StaticWindow",
+        "WindowPolicy",
         "load_window_policy", "window_policy_names",
     },
     "dsdlab.report": {"render"},
