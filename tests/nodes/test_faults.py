@@ -496,6 +496,7 @@ def test_opened_again_and_again_while_the_first_one_ends(slots: int) -> None:
         await world.quiet()
         assert world.verifier.n_sessions == 0
         assert world.free_slots() == slots
+        assert world.verifier._of_node == {}
 
     run(main())
 

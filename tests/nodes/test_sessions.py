@@ -25,7 +25,7 @@ from dsdlab.decoding import Sampling
 from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
-from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRecord, GenerationRequest
+from dsdlab.nodes import MODES, DrafterNode, GenerationFailed, GenerationRecord, GenerationRequest
 from dsdlab.policies import PolicyError
 from dsdlab.protocol import Refused
 from dsdlab.protocol.frames import (
@@ -94,7 +94,7 @@ def test_a_refused_session_leaves_the_node_as_it_was(name: str) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("mode", ["cloud-ar", "dsd-sync"])
+@pytest.mark.parametrize("mode", ["cloud-ar", "dsd-sync", "dsd-pipelined", "dsd-stream"])
 def test_a_refusal_reaches_the_user_with_its_reason(mode: str) -> None:
     async def main() -> None:
         world = World(emulated(max_context=64))
@@ -195,7 +195,7 @@ def test_a_drafted_id_outside_the_vocabulary_ends_the_session_alone() -> None:
 # busy --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync"])
+@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync", "dsd-pipelined", "dsd-stream"])
 def test_busy_is_waited_for(mode: str) -> None:
     """The only slot is taken for three seconds; the generation then runs, exactly."""
 
@@ -323,7 +323,7 @@ def test_one_node_generates_again_and_again() -> None:
 # ends --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync"])
+@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync", "dsd-stream"])
 @pytest.mark.parametrize("after_s", [0.0, 0.005, 0.015, 0.1, 0.105])
 def test_close_in_mid_generation_frees_the_slot(mode: str, after_s: float) -> None:
     async def main() -> None:
@@ -347,7 +347,7 @@ def test_close_in_mid_generation_frees_the_slot(mode: str, after_s: float) -> No
     run(main())
 
 
-@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync", "edge-sd"])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_cancelled_generation_gives_everything_back(mode: str) -> None:
     """Cancelled at any instant: slots free at both ends, and the same node generates on."""
 
@@ -371,7 +371,7 @@ def test_a_cancelled_generation_gives_everything_back(mode: str) -> None:
         run(main(0.0031 * step))
 
 
-@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync"])
+@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync", "dsd-pipelined", "dsd-stream"])
 @pytest.mark.parametrize("side", ["up", "down"])
 def test_a_client_that_vanishes_is_forgotten_after_the_linger_time(mode: str, side: str) -> None:
     """Gone after any frame, seen first by a send or by a recv: no session and no slot stays behind."""

@@ -28,12 +28,25 @@ from dsdlab.models.drafters import Drafter, ModelDrafter
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.nodes import DrafterNode, GenerationRecord, GenerationRequest
 from dsdlab.nodes.chain import Chain
+from dsdlab.nodes.slack import Slack
+from dsdlab.nodes.target_stream import TargetStream
 from dsdlab.nodes.text import Text
 from dsdlab.policies import Decision, Pace, WindowPolicy
 from dsdlab.policies.registry import offer
-from dsdlab.protocol.frames import HOLD_FOREVER_US, AnyFrame, Close, Commit, Draft, Open, Steer, unpack_ids
+from dsdlab.protocol.frames import (
+    HOLD_FOREVER_US,
+    AnyFrame,
+    Close,
+    Commit,
+    Draft,
+    Open,
+    Resume,
+    Steer,
+    unpack_ids,
+)
 from dsdlab.protocol.memory import Faults, MemoryChannel
 from dsdlab.sim.compute import SimCompute
+from dsdlab.sim.fuzz_models import HashEngine, HashModel, said_alone
 from dsdlab.sim.loop import run
 
 N = len(PROMPT)
@@ -251,9 +264,62 @@ def test_no_step_ahead_begins_while_somebody_waits() -> None:
             later = [slot for when_s, slot in world.steps if when_s > asked_s]
             waited.append(later[0])
             assert clock.time() - asked_s < 2 * STEP_S + 1e-6
+            begun = [slot for when_s, slot in world.steps if asked_s < when_s < clock.time() - 1e-6]
+            assert set(begun) <= {waited[0]}
         assert set(waited) == {waited[0]}  # never the free one's
         assert sum(slot != waited[0] for _, slot in world.steps) > 12
         await free.send(Close(2))
+
+    run(main())
+
+
+def test_slack_goes_to_the_next_when_the_first_leaves() -> None:
+    slack, woken = Slack(), []
+
+    def one() -> None:
+        woken.append(1)
+
+    def two() -> None:
+        woken.append(2)
+
+    with slack.ahead():
+        assert not slack.ready(one)
+        slack.wait(one)
+        slack.wait(two)
+        slack.wait(one)  # keeps its place
+    assert woken == [1]
+    assert slack.ready(one)
+    assert not slack.ready(two)
+    slack.forget(one)  # its session was closed
+    assert woken == [1, 2]
+    assert slack.ready(two)
+    with slack.asked():
+        assert not slack.ready(two)
+    assert woken == [1, 2, 2]
+    slack.forget(two)
+    assert slack.ready(one)
+
+
+def test_who_does_not_draft_has_the_same_right_as_cloud_ar() -> None:
+    """A session that decodes alone by its pace leaves no slack to one that runs free."""
+
+    async def main() -> None:
+        world = World(emulated(), compute=Costly(STEP_S))
+        free = await steered(world, session=2, n=60)
+        alone = await steered(world, n=20, drafting=False)
+        ids, clock = 1, asyncio.get_running_loop()
+        begun_s = clock.time()
+        while ids < 20:
+            commit = await alone.recv()
+            assert isinstance(commit, Commit)
+            ids += len(commit.ids) // 3
+        assert clock.time() - begun_s < 21 * STEP_S
+        others = 0
+        while others < 59:
+            commit = await free.recv()
+            assert isinstance(commit, Commit)
+            others += len(commit.ids) // 3
+        assert clock.time() - begun_s > 70 * STEP_S
 
     run(main())
 
@@ -486,6 +552,7 @@ class Listening(World):
         super().__init__(*a, **k)
         self.heard: list[tuple[AnyFrame, int]] = []
         self.had = 0
+        self.record = GenerationRecord()
 
     async def dial(self) -> MemoryChannel:
         channel = await super().dial()
@@ -522,8 +589,8 @@ def listened(request: GenerationRequest, alpha: float, token_s: float = 0.01) ->
         def seen(new: list[int], _: int) -> None:
             world.had += len(new)
 
-        record = await node.generate(request, seen)
-        check(record, alone(world.target, request))
+        world.record = await node.generate(request, seen)
+        check(world.record, alone(world.target, request))
         return world
 
     return run(main())
@@ -556,6 +623,8 @@ def test_an_epoch_is_one_sequence_without_a_gap(free_run: bool, alpha: float) ->
         assert frame.base == had if end is None else frame.base == max(end, had)
         ends[frame.epoch] = frame.base + len(frame.ids) // 3
     assert len(ends) > 5
+    accepted = sum(accepted for _, accepted in world.record.windows)
+    assert world.record.drafts_committed == accepted  # not what the target decided alone meanwhile
 
 
 def test_a_first_frame_of_its_own_size() -> None:
@@ -597,6 +666,118 @@ def test_epochs_that_run_out_open_another_session(monkeypatch: pytest.MonkeyPatc
             closed = [frame.session for frame, _ in world.heard if isinstance(frame, Close)]
             assert closed == [frame.session for frame in opened]
         assert len(opened) > 3
+
+
+def test_an_empty_draft_for_what_is_decided_asks_for_nothing() -> None:
+    text = text_of(1, 2, 3)
+    stream = TargetStream(Slack())
+    assert not stream.receive(1, 2, [], text)
+    assert stream.receive(1, 3, [], text)
+
+
+@pytest.mark.parametrize("rtt_s", [0.0, 0.03, 0.2])
+@pytest.mark.parametrize("token_s", [0.002, 0.04, 0.3])
+def test_what_is_drafted_goes_on_behind_its_own_chain(token_s: float, rtt_s: float) -> None:
+    """Each draft is what the drafter says behind the text and the drafts of its epoch before it, also where
+    a mismatch was told in the middle of drafting, or the target has been at the place meanwhile."""
+    model = HashModel(8, 16)
+    sampling = Sampling(1.0, seed=5)
+    expected, _ = said_alone(model, PROMPT, sampling, 60, ())
+    whole = [*PROMPT, *expected]
+
+    class Stops(Scripted):
+        stops = True
+
+    offer("scripted", lambda **_: Stops(lambda _: Decision(6, 20, pace=Pace(0.0))))
+    ways = [
+        request_for("dsd-stream", 60, sampling=sampling, stop_at_eos=False),
+        request_for("dsd-stream", 60, sampling=sampling, stop_at_eos=False, free_run=True),
+        request_for("dsd-adaptive", 60, sampling=sampling, stop_at_eos=False, policy="scripted"),
+    ]
+
+    async def main(request: GenerationRequest) -> int:
+        link = (Faults(delay_s=rtt_s / 2), Faults(delay_s=rtt_s / 2))
+        at_target, at_edge = SimCompute(), SimCompute()
+        target = HashEngine(model, base_s=STEP_S, spend=at_target.spend)
+        world = Listening(target, compute=at_target, links=[link])
+        edge = HashEngine(model, agree=0.7, base_s=token_s, spend=at_edge.spend)
+        node = DrafterNode(world.dial, at_edge, drafter=ModelDrafter(edge))
+
+        def seen(new: list[int], _: int) -> None:
+            world.had += len(new)
+
+        record = await node.generate(request, seen)
+        assert record.ids == expected
+        chains: dict[int, dict[int, int]] = {}
+        drafter = ModelDrafter(HashEngine(model, agree=0.7, spend=lambda _: None))
+        slot = drafter.open()
+        for frame, had in world.drafts:
+            chain = chains.setdefault(frame.epoch, {})
+            for at, token in enumerate(unpack_ids(frame.ids), frame.base):
+                tail = [chain[p] for p in range(had, at)]
+                assert drafter.propose(slot, whole[:had], 1, sampling, tail) == [token]
+                chain[at] = token
+        return len(chains)
+
+    epochs = [run(main(way)) for way in ways]
+    assert max(epochs) > 3
+
+
+@pytest.mark.parametrize("k", range(3, 12))
+def test_a_question_that_was_lost_is_asked_again(k: int) -> None:
+    """The connection breaks under the empty Draft; the resumed session waits for it for ever."""
+
+    async def main() -> None:
+        link = (Faults(delay_s=0.02, drop_after=k), Faults(delay_s=0.02))
+        world = World(emulated(), compute=Costly(STEP_S), links=[link])
+        request = request_for("dsd-pipelined")
+        record = await world.client(Mute()).generate(request)
+        check(record, alone(world.target, request))
+        assert record.reconnects == 1
+
+    run(main())
+
+
+def test_a_pace_is_said_again_behind_every_resume() -> None:
+    """The connection may have broken under the last Steer."""
+    paces = [Pace(0.0), Pace(), Pace(0.01, beside=2), Pace(0.0, max_window=4)]
+    offer("scripted", lambda **_: Scripted(lambda at: Decision(2, 4, pace=paces[at % 4])))
+
+    async def main(k: int) -> int:
+        links = [(Faults(delay_s=0.02, drop_after=k), Faults(delay_s=0.02))] * 30
+        world = Listening(emulated(), compute=Costly(STEP_S), links=links)
+        request = request_for("dsd-adaptive", 30, policy="scripted")
+        record = await world.client(emulated_drafter(0.6)).generate(request)
+        check(record, alone(world.target, request))
+        frames = [frame for frame, _ in world.heard]
+        steers = [frame.number for frame in frames if isinstance(frame, Steer)]
+        assert steers == sorted(set(steers))
+        entered = [i for i, frame in enumerate(frames) if isinstance(frame, Resume | Open)]
+        before: Steer | None = None
+        for i, frame in enumerate(frames):
+            if i in entered and i + 1 < len(frames):
+                again = frames[i + 1]
+                assert isinstance(again, Steer)
+                if before is not None:
+                    assert msgspec.structs.replace(again, number=before.number) == before
+            if isinstance(frame, Steer):
+                before = frame
+        return sum(isinstance(frame, Resume) for frame in frames)
+
+    assert sum(run(main(k)) for k in range(5, 14)) > 10
+
+
+def test_a_policy_hears_once_of_what_there_is() -> None:
+    heard: list[tuple[int, float | None]] = []
+
+    class Beginning(Scripted):
+        def begin(self, *, beside: int, rtt_s: float | None) -> None:
+            heard.append((beside, rtt_s))
+
+    offer("scripted", lambda **_: Beginning(lambda _: Decision(2)))
+    request = request_for("dsd-adaptive", policy="scripted", beside=3)
+    generate(request, emulated_drafter(0.5), cloud_drafter=emulated_drafter(0.5))
+    assert heard == [(3, pytest.approx(0.04))]
 
 
 # one session, every way to go on -----------------------------------------------------------------
