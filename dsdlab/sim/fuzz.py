@@ -8,7 +8,10 @@ modes and policies to draw from is the same run, anywhere.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import msgspec
 
@@ -19,6 +22,7 @@ from dsdlab.sim.grid import OnDone, run_tasks
 __all__ = ["Failure", "FuzzReport", "fuzz", "repeat_command", "show"]
 
 BLOCK = 25  # runs that a worker does at a time
+LONGEST_S = 60.0  # of processor time for a run that takes 10 ms: something goes round in circles
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -87,7 +91,8 @@ def _block(drawn_from: tuple[list[str], list[str]], block: tuple[int, int]) -> F
     logging.disable(logging.CRITICAL)
     try:
         for seed in range(first, first + runs):
-            played = play(draw(seed, modes, policies))
+            with _bounded(LONGEST_S):
+                played = play(draw(seed, modes, policies))
             report.runs += 1
             report.generations += played.generations
             report.unfinished += played.unfinished
@@ -99,10 +104,30 @@ def _block(drawn_from: tuple[list[str], list[str]], block: tuple[int, int]) -> F
     return report
 
 
+@contextmanager
+def _bounded(longest_s: float) -> Iterator[None]:
+    """Raises TimeoutError from whatever runs for longer, so much processor time; in the main thread alone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"busy for {longest_s:g} s of processor time")
+
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, longest_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0.0)
+        signal.signal(signal.SIGPROF, before)
+
+
 def show(seed: int, modes: Sequence[str] = (), policies: Sequence[str] = ()) -> tuple[list[str], FuzzReport]:
     """One run in full: its situation and its frames, line by line; and what came of it."""
     situation = draw(seed, modes, policies)
-    played = play(situation, keep_log=True)
+    with _bounded(LONGEST_S):
+        played = play(situation, keep_log=True)
     failures = [Failure(seed, played.wrong)] if played.wrong else []
     report = FuzzReport(1, played.generations, played.unfinished, played.tokens, failures)
     return [described_situation(situation), *played.log], report

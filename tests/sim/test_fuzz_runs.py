@@ -423,6 +423,24 @@ def test_a_policy_that_fails_is_found_and_its_seed_repeats_it() -> None:
     assert "policy greedy: ZeroDivisionError" in report.failures[0].wrong[0]
 
 
+class Endless(WindowPolicy):
+    """A user's own, which never comes to a decision."""
+
+    def __init__(self, gamma: int) -> None:
+        pass
+
+    def decide(self) -> Decision:
+        while True:
+            pass
+
+
+def test_a_policy_that_never_decides_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsdlab.sim.fuzz.LONGEST_S", 0.2)
+    offer("endless", Endless)
+    report = fuzz(0, 1, policies=["endless"], workers=1)
+    assert "busy for 0.2 s of processor time" in report.failures[0].wrong[0]
+
+
 # the command -------------------------------------------------------------------------------------
 
 
