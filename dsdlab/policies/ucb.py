@@ -36,8 +36,8 @@ from dsdlab.policies.estimates import Estimates
 
 LARGEST = 16
 KEEP = 0.98  # of what is known, each window: acceptance changes along a text
-FIRST_WEIGHT = 2.0  # verdicts as which the position before counts for each; for the first, the whole text
-CURIOSITY = 0.25  # share of the confidence radius that counts; 1 is the bound itself, which explores for long
+FIRST_WEIGHT = 4.0  # verdicts as which the position before counts for each; for the first, the whole text
+CURIOSITY = 0.05  # share of the confidence radius that counts: a text is too short to explore at 1
 
 
 class UcbWindow(WindowPolicy):
