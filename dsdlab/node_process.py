@@ -27,7 +27,8 @@ from dsdlab.models.calibrate import measure_node
 from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
-from dsdlab.models.measures import CalibrationFailed
+from dsdlab.models.measures import CalibrationFailed, Measures
+from dsdlab.models.steps import measure_steps
 from dsdlab.nodes import DrafterNode, GenerationFailed, GenerationRequest, VerifierNode
 from dsdlab.policies import RUN_AHEAD
 from dsdlab.probe import ProbeError, Reflector, measure
@@ -150,7 +151,16 @@ class Engines:
                 name: msgspec.convert(message[name], kinds[name]) for name in kinds if name in message
             }
             sampling = Sampling(**message.get("sampling", {}))
-            found = await measure_node(self.compute, self.target, self.drafter, sampling=sampling, **asked)
+            found: dict[str, Measures]
+            if (of := message.get("steps_of")) is not None:
+                seconds = msgspec.convert(message.get("steps_s"), float)
+                model = self.target if of == "target" else self.drafter
+                steps = await measure_steps(model, self.compute, seconds=seconds)
+                found = {} if steps is None else {of: steps}
+            else:
+                found = await measure_node(
+                    self.compute, self.target, self.drafter, sampling=sampling, **asked
+                )
         except (CalibrationFailed, ModelError, ValueError, TypeError) as e:
             return reply | {"op": "error", "code": "calibrate", "message": str(e)}
         return reply | {"op": "calibrated", "measures": msgspec.to_builtins(found)}

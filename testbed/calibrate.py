@@ -6,6 +6,7 @@ its cells are not run. What is measured:
 - models, each in its node's compute thread, one node after the other (`dsdlab.models.calibrate`);
 - `hop_s`: the way to the compute thread and back. On the cloud it is the time between two commits of a stream
   beyond the target's own, so that what a node does between two steps of a stream (sending a commit) is in it;
+- `contention`: how much slower each node's steps are while the other one computes (`testbed.contention`);
 - `send_s`, `recv_s`: a frame's round trip beyond the link's own, in four equal parts, for both nodes send and
   receive one. The link's own is what its packet probe sees; where a link carries no packets, what its profile
   says: then what the box itself adds is in these parts, and rightly, for the simulated link adds nothing.
@@ -21,7 +22,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dsdlab.models.calibrate import calibration_text
+from dsdlab.models.forwards import calibration_text
 from dsdlab.models.measures import Measures, Sample
 from dsdlab.scenario import Scenario
 from dsdlab.sim.costs import ForwardCost, NodeCosts, SystemProfile, UnfitProfile
@@ -97,7 +98,7 @@ async def _calibrate(
     on_stage("calibrating the edge's models")
     on_edge = await bed.measure_models(0, sampling=sampling, budget_s=budget_s, seed=seed)
     on_stage("calibrating what the nodes cost each other")
-    contention, together = await measure_contention(bed)
+    contention, together = await measure_contention(bed, seed)
     cloud = _costs(on_cloud, frame_s / 4.0, hop_s=streamed_s)
     models = scenario.models
     runtime, link = scenario.run.runtime, scenario.run.link
@@ -248,15 +249,28 @@ def show_profile(profile: SystemProfile, console: Console) -> None:
             f"receive {_us(costs.recv_s)} µs",
             highlight=False,
         )
-    if profile.contention.any:
-        console.print(
-            f"while the other node computes: target {profile.contention.target:.2f} ×, "
-            f"drafter {profile.contention.drafter:.2f} × as long",
-            highlight=False,
-        )
+    _show_contention(profile, console)
     if (ratio := profile.provenance.get("stream_over_fit")) is not None:
         console.print(f"a stream, which the fit has not seen: measured/fitted {ratio:.3f}", highlight=False)
     _warn(profile, console)
+
+
+def _show_contention(profile: SystemProfile, console: Console) -> None:
+    """Say what the nodes cost each other, with what was measured where that is known."""
+    measured = profile.provenance.get("contention")
+    for model in ("target", "drafter"):
+        factor = getattr(profile.contention, model)
+        told = measured.get(model) if isinstance(measured, dict) else None
+        if factor == 1.0 and not told:
+            continue
+        words = ""
+        if told:
+            low, high = told["interval"]
+            rows = ", ".join(f"{n}: {value:.3f}" for n, value in told["by_rows"].items())
+            words = f" (measured {told['factor']:.3f}, 95 % in {low:.3f} to {high:.3f}; by rows {rows})"
+        console.print(
+            f"{model} while the other node computes: {factor:.3f} × as long{words}", highlight=False
+        )
 
 
 def _warn(profile: SystemProfile, console: Console) -> None:

@@ -10,8 +10,6 @@ Sessions are rolled back between measurements, so that nothing grows.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import os
 import random
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -21,19 +19,25 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dsdlab.decoding import Sampling, verify
-from dsdlab.models.base import Chunk, Engine
+from dsdlab.decoding import Sampling
+from dsdlab.models.base import Engine
 from dsdlab.models.compute import Compute
-from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter
+from dsdlab.models.drafters import Drafter, ModelDrafter
+from dsdlab.models.forwards import (
+    GREEDY,
+    WINDOW_STEPS,
+    DrafterForwards,
+    TargetForwards,
+    calibration_text,
+    model_of,
+)
 from dsdlab.models.measures import Drawn, Measures, Rested, Sample, Sizes
-from dsdlab.nodes.step import judge
 
-__all__ = ["calibration_text", "measure_drafter", "measure_node", "measure_target", "model_of"]
+__all__ = ["measure_drafter", "measure_node", "measure_target"]
 
 T = TypeVar("T")
 Work = Callable[[], Awaitable[None]]
 
-GREEDY = Sampling()
 SWEEP_BYTES = 64 << 20  # twice the last-level cache of common processors
 LEAST_REPEATS = 3
 PREFILL_EVERY = 3  # prompts take long: after the first repeats they are measured in every third
@@ -41,24 +45,8 @@ REST_EVERY = 2  # a target's rests, likewise
 OTHER_TIMES = 3  # a drafter follows another model, in every repeat
 FEW_ROWS = 3  # of the row counts, so many are measured at every context
 WINDOW = 5  # rows of a target's window where its size does not matter
-STEPS = 6  # of a drafter after a rest
 DRAWN_ROWS = (1, WINDOW)
 TARGET_BUDGET_S, DRAFTER_BUDGET_S = 30.0, 10.0
-
-
-def model_of(drafter: Drafter | None) -> ModelDrafter | None:
-    """The model inside a drafter; None where there is none to measure."""
-    if isinstance(drafter, LookupFirst):
-        return drafter.model
-    return drafter if isinstance(drafter, ModelDrafter) else None
-
-
-def calibration_text(vocab_size: int, length: int, seed: int) -> list[int]:
-    """Token ids that repeat as little as the vocabulary allows, so that prompt lookup finds nothing."""
-    rng = np.random.default_rng(seed)
-    ids = np.arange(1, vocab_size)
-    parts = [rng.permutation(ids) for _ in range(-(-length // len(ids)))]
-    return [int(i) for i in np.concatenate(parts)[:length]]
 
 
 class _Caches:
@@ -69,33 +57,6 @@ class _Caches:
 
     def sweep(self) -> None:
         self._memory.sum()
-
-
-class _Clock:
-    """Times work in the thread that it runs in, and asks the kernel for how long that thread had to wait.
-
-    Linux tells it: proc(5), /proc/PID/schedstat, the time spent waiting on a run queue, in ns.
-    """
-
-    def __init__(self) -> None:
-        self._file: int | None = None
-        with contextlib.suppress(OSError):  # not Linux, or not told
-            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
-
-    def _waited_s(self) -> float:
-        return 0.0 if self._file is None else int(os.pread(self._file, 128, 0).split()[1]) / 1e9
-
-    def sample(self, tokens: int, batch: int, context: int, work: Callable[[], object]) -> Sample:
-        """Do the work, which is a forward of these sizes."""
-        waited_s = self._waited_s()
-        begun_s = time.perf_counter()
-        work()
-        seconds = time.perf_counter() - begun_s
-        return Sample(tokens, batch, context, seconds, self._waited_s() - waited_s)
-
-    def close(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
 
 
 class _Run:
@@ -158,118 +119,6 @@ def _few(rows: Sequence[int]) -> list[int]:
     return list(rows[: FEW_ROWS * step : step])
 
 
-class _TargetForwards:
-    """Single forwards of a target, in the compute thread, from a text of which slots hold the beginning."""
-
-    def __init__(self, engine: Engine, text: Sequence[int]) -> None:
-        self._engine = engine
-        self._text = list(text)
-        self._slots: dict[int, int] = {}
-        self._clock: _Clock | None = None
-
-    @property
-    def clock(self) -> _Clock:
-        """Of the thread that asks, always the same one."""
-        if self._clock is None:
-            self._clock = _Clock()
-        return self._clock
-
-    def hold(self, session: int, length: int) -> int:
-        """A slot that holds exactly the text's first `length` tokens."""
-        if session not in self._slots:
-            self._slots[session] = self._engine.open()
-        slot = self._slots[session]
-        held = min(self._engine.length(slot), length)
-        self._engine.rollback(slot, held)
-        if held < length:
-            self._engine.choose([Chunk(slot, self._text[held:length], 0)], [GREEDY])
-        return slot
-
-    def judge(self, session: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample:
-        """One step of a node: a window of `rows` - 1 tokens after `context` + 1, or a prompt at context 0."""
-        slot = self.hold(session, context)
-        ids, draft = self._text[: context + 1], self._text[context + 1 : context + rows]
-        found = self.clock.sample(rows, 1, context, lambda: judge(self._engine, slot, ids, draft, sampling))
-        self._engine.rollback(slot, context)
-        return found
-
-    def prompt(self, session: int, rows: int) -> Sample:
-        slot = self.hold(session, 0)
-        ids = self._text[:rows]
-        return self.clock.sample(rows, 1, 0, lambda: judge(self._engine, slot, ids, (), GREEDY))
-
-    def batch(self, contexts: Sequence[int], rows: int) -> Sample:
-        """A window of each of several sessions in one forward."""
-        slots = [self.hold(session, context) for session, context in enumerate(contexts)]
-        chunks = [Chunk(s, self._text[c : c + rows], rows) for s, c in zip(slots, contexts, strict=True)]
-        samplings = [GREEDY] * len(chunks)
-
-        def work() -> None:
-            for chunk, picks in zip(chunks, self._engine.choose(chunks, samplings), strict=True):
-                verify(chunk.ids[1:], picks)
-
-        found = self.clock.sample(rows * len(contexts), len(contexts), sum(contexts), work)
-        for slot, context in zip(slots, contexts, strict=True):
-            self._engine.rollback(slot, context)
-        return found
-
-    def close(self) -> None:
-        for slot in self._slots.values():
-            self._engine.close(slot)
-        self.clock.close()
-
-
-class _DrafterForwards:
-    """Single forwards of a drafter's model, in the compute thread, by `propose`, one token at a time."""
-
-    def __init__(self, drafter: Drafter, text: Sequence[int]) -> None:
-        self._drafter = drafter
-        self._text = list(text)
-        self._slots: dict[int, int] = {}
-        self._clock: _Clock | None = None
-
-    @property
-    def clock(self) -> _Clock:
-        """Of the thread that asks, always the same one."""
-        if self._clock is None:
-            self._clock = _Clock()
-        return self._clock
-
-    def hold(self, session: int, length: int) -> int:
-        """A slot whose session has just proposed after the text's first `length` tokens."""
-        if session not in self._slots:
-            self._slots[session] = self._drafter.open()
-        slot = self._slots[session]
-        self._drafter.propose(slot, self._text[:length], 1, GREEDY)
-        return slot
-
-    def propose(self, slot: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
-        """One token, which costs a forward of `rows` after `context`; None where no model was asked."""
-        ids = self._text[: context + rows]
-        found = self.clock.sample(rows, 1, context, lambda: self._drafter.propose(slot, ids, 1, sampling))
-        return found if any(self._drafter.by_model) else None
-
-    def catch_up(self, session: int, context: int, rows: int, sampling: Sampling = GREEDY) -> Sample | None:
-        return self.propose(self.hold(session, context), context, rows, sampling)
-
-    def prompt(self, rows: int) -> Sample | None:
-        slot = self._drafter.open()
-        try:
-            return self.propose(slot, 0, rows)
-        finally:
-            self._drafter.close(slot)
-
-    def window(self, session: int, context: int) -> list[Sample]:
-        """Forwards of one row in a row, after a `hold` at `context` some time before."""
-        steps = [self.propose(self._slots[session], context + i, 1) for i in range(STEPS)]
-        return [step for step in steps if step is not None]
-
-    def close(self) -> None:
-        for slot in self._slots.values():
-            self._drafter.close(slot)
-        self.clock.close()
-
-
 class _TargetRun(_Run):
     """What is measured of a target, repeat by repeat."""
 
@@ -278,8 +127,8 @@ class _TargetRun(_Run):
     ) -> None:
         super().__init__(engine.info.model_id, compute, sizes, budget_s, seed)
         text = calibration_text(engine.info.vocab_size, engine.info.max_context, seed)
-        self.forwards = _TargetForwards(engine, text)
-        self.beside: _DrafterForwards | None = None
+        self.forwards = TargetForwards(engine, text)
+        self.beside: DrafterForwards | None = None
         self._sampling = sampling
         self._contexts: list[int] = []
 
@@ -352,8 +201,8 @@ class _DrafterRun(_Run):
         super().__init__(model.name, compute, sizes, budget_s, seed)
         info = model.engine.info
         self.text = calibration_text(info.vocab_size, info.max_context, seed)
-        self.forwards = _DrafterForwards(drafter, self.text)
-        self.beside: _TargetForwards | None = None
+        self.forwards = DrafterForwards(drafter, self.text)
+        self.beside: TargetForwards | None = None
         self.caches: _Caches | None = None
         self._sampling = sampling
         self._contexts: list[int] = []
@@ -447,7 +296,7 @@ async def measure_target(
     run = _TargetRun(engine, compute, sizes, sampling, budget_s, seed)
     if beside is not None and (model := model_of(beside)) is not None:
         info = model.engine.info
-        run.beside = _DrafterForwards(beside, calibration_text(info.vocab_size, info.max_context, seed))
+        run.beside = DrafterForwards(beside, calibration_text(info.vocab_size, info.max_context, seed))
     try:
         for number in run.repeats():
             await run.repeat(number)
@@ -480,11 +329,11 @@ async def measure_drafter(
     max_context = model.engine.info.max_context
     if beside is not None:
         max_context = min(max_context, beside.info.max_context)
-    sizes = (sizes or Sizes.of_drafter()).within(max_context - STEPS)
+    sizes = (sizes or Sizes.of_drafter()).within(max_context - WINDOW_STEPS)
     run = _DrafterRun(drafter, model, compute, sizes, sampling, budget_s, seed)
     if beside is not None:
         length = beside.info.max_context
-        run.beside = _TargetForwards(beside, calibration_text(beside.info.vocab_size, length, seed))
+        run.beside = TargetForwards(beside, calibration_text(beside.info.vocab_size, length, seed))
     if shared_caches:
         run.caches = _Caches()
     try:

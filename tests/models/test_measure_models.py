@@ -17,11 +17,13 @@ from tiny_models import tiny_drafter, tiny_target
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import Chunk, Engine, NoFreeSlot
-from dsdlab.models.calibrate import calibration_text, measure_drafter, measure_node, measure_target
+from dsdlab.models.calibrate import measure_drafter, measure_node, measure_target
 from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLookup
-from dsdlab.models.emulated import load_emulated
+from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile, load_emulated
+from dsdlab.models.forwards import calibration_text
 from dsdlab.models.measures import CalibrationFailed, Measures, Sizes
+from dsdlab.models.steps import TARGET_ROWS, measure_steps
 from dsdlab.sim.fit import fit_measures
 
 SIZES = Sizes(rows=(1, 2, 5, 9), contexts=(16, 64), batches=(2, 4), prefills=(32, 64), idle_s=(0.002, 0.01))
@@ -269,3 +271,53 @@ def test_text_repeats_nothing() -> None:
     assert min(text) > 0
     assert max(text) < 1000
     assert len(calibration_text(4, 50, seed=1)) == 50
+
+
+def steps_of(model: Engine | Drafter | None, seconds: float = 0.2) -> Measures | None:
+    async def body() -> Measures | None:
+        compute = ThreadCompute()
+        try:
+            return await measure_steps(model, compute, seconds=seconds)
+        finally:
+            compute.close()
+
+    return asyncio.run(body())
+
+
+def test_steps_without_a_rest(tmp_path: Path) -> None:
+    """A target's in random order of rows, a drafter's one by one; always from about the same context."""
+    target = tiny_target(tmp_path / "t", max_context=256, slots=2)
+    measures = steps_of(target)
+    assert measures is not None
+    assert {s.tokens for s in measures.forwards} == set(TARGET_ROWS)
+    assert {s.context for s in measures.forwards} == {128}
+    assert open_slots(target, 2) == 2
+    assert measures.wall_s >= 0.2
+    model = tiny_drafter(tmp_path / "d.safetensors", max_context=256)
+    for drafter in (ModelDrafter(model), LookupFirst(ModelDrafter(model))):
+        measures = steps_of(drafter)
+        assert measures is not None
+        assert len(measures.forwards) == measures.repeats > 3
+        assert {s.tokens for s in measures.forwards} == {1}
+        assert min(s.context for s in measures.forwards) == 128
+        assert max(s.context for s in measures.forwards) < 160
+    assert steps_of(PromptLookup()) is None
+    assert steps_of(None) is None
+
+
+def test_a_drafters_steps_are_forwards_of_one_row() -> None:
+    forwards: list[tuple[int, ...]] = []
+    engine = EmulatedEngine(EmulatedProfile(), charge=lambda *f: forwards.append(f))
+    measures = steps_of(ModelDrafter(engine), seconds=0.05)
+    assert measures is not None
+    assert {rows for rows, *_ in forwards[1:]} == {1}  # the first reads what comes before
+    assert {held for _, _, held, _ in forwards[1:]} == set(range(128, 160))
+
+
+def test_steps_that_cannot_be() -> None:
+    engine = load_emulated("base_s=0.001", slots=2, max_context=64)
+    with pytest.raises(CalibrationFailed, match="a context of 64 positions is too short for steps"):
+        steps_of(engine)
+    for seconds in (0.0, 61.0, float("nan")):
+        with pytest.raises(CalibrationFailed, match=r"steps_s is .*; allowed: above 0 to 60 seconds"):
+            steps_of(engine, seconds)
