@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from contextlib import aclosing
 
 from dsdlab.models.base import Engine
@@ -32,6 +32,7 @@ log = logging.getLogger("dsdlab.drafter")
 
 MAX_REOPENED = 3  # without a token between
 MAX_GAPS = 3  # without a token between
+MAX_LEFT = 64
 _MAX_SESSION = 0xFFFF
 MAX_VOCAB = 1 << 24
 
@@ -43,7 +44,7 @@ class DrafterNode(Dialer):
     here. The rest is as `Dialer` has it.
     """
 
-    __slots__ = ("_compute", "_drafter", "_last_session", "_target")
+    __slots__ = ("_compute", "_drafter", "_last_session", "_left", "_target")
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class DrafterNode(Dialer):
         self._compute = compute
         self._drafter, self._target = drafter, target
         self._last_session = 0
+        self._left: deque[int] = deque(maxlen=MAX_LEFT)  # sessions to be closed when there is a connection
 
     async def generate(
         self, request: GenerationRequest, on_commit: OnCommit | None = None
@@ -93,6 +95,9 @@ class DrafterNode(Dialer):
             channel = await self.connect()
             before = channel.bytes_sent.copy(), channel.bytes_received.copy()
             try:
+                while self._left:
+                    await channel.send(Close(self._left[0]))
+                    self._left.popleft()
                 await self._enter(channel, run, stream)
                 if stream is not None:
                     await stream.drive(channel)
@@ -104,11 +109,10 @@ class DrafterNode(Dialer):
                 break
             except ChannelClosed as e:
                 if text.finish is not None:
+                    self._left.append(run.session)
                     break
                 log.info("session=%d lost its connection: %s", run.session, e)
-                run.record.reconnects += 1
-                run.epoch += 1
-                await self.reconnect()
+                await self._come_back(run)
             except EpochsSpent:
                 await self._abandon(run.session)
                 if text.finish is not None:
@@ -118,11 +122,10 @@ class DrafterNode(Dialer):
                 log.warning("session=%d has a gap: %s", run.session, e)
                 run.gaps += 1
                 if run.gaps > MAX_GAPS:
+                    self._left.append(run.session)
                     await self.disconnect()
                     raise ProtocolError("bad-frame", str(e)) from None
-                run.record.reconnects += 1
-                run.epoch += 1
-                await self.reconnect()
+                await self._come_back(run)
             except GenerationFailed as e:
                 if e.code != "unknown-session" or run.reopened >= MAX_REOPENED:
                     raise
@@ -145,13 +148,25 @@ class DrafterNode(Dialer):
         self._last_session = self._last_session % _MAX_SESSION + 1
         return self._last_session
 
+    async def _come_back(self, run: Generation) -> None:
+        """Reconnect for a session that goes on. Raises ConnectFailed, Refused."""
+        run.record.reconnects += 1
+        run.epoch += 1
+        try:
+            await self.reconnect()
+        except BaseException:
+            self._left.append(run.session)
+            raise
+
     async def _abandon(self, session: int) -> None:
-        """Tell the verifier that nobody wants the rest; best effort."""
-        if self._channel is not None:
-            try:
+        """Tell the verifier that nobody wants the rest: now, or when there is a connection again."""
+        try:
+            if self._channel is not None:
                 await self._channel.send(Close(session))
-            except ChannelClosed:
-                await self.disconnect()
+                return
+        except ChannelClosed:
+            await self.disconnect()
+        self._left.append(session)
 
     async def _enter(self, channel: Channel, run: Generation, stream: DraftStream | None) -> None:
         """Open the session, or resume it, and take the first tokens that the verifier sends."""

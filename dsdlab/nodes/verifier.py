@@ -115,6 +115,8 @@ class _Session:
         Not over a connection that was lost before the present one began: what is read from it late is no
         sign of life.
         """
+        if connection >= self.connection:
+            self.losses += 1  # found again: who waits to forget it waits for something else
         async with self.sending:
             if connection < self.connection:
                 return
@@ -225,7 +227,8 @@ class VerifierNode:
             if known.opened == frame:
                 return
             if known.began_with(frame):  # a late copy of an earlier Open, or its sender missed a Commit
-                await known.catch_up(channel, connection, (len(frame.prompt) + len(frame.committed)) // 3)
+                at = (len(frame.prompt) + len(frame.committed)) // 3
+                await self._catch_up(known, channel, connection, at)
                 return
         try:
             text = self._checked_text(frame)
@@ -280,7 +283,15 @@ class VerifierNode:
             await channel.send(refusal("unknown-session", "held with other tokens", session=key[1]))
             return
         log.info("session=%s resumed at=%d of=%d", key, frame.length, len(session.text))
-        await session.catch_up(channel, connection, frame.length)
+        await self._catch_up(session, channel, connection, frame.length)
+
+    async def _catch_up(self, session: _Session, channel: Channel, connection: int, base: int) -> None:
+        """As `_Session.catch_up`; a session that is left without a connection all the same is lost anew."""
+        try:
+            await session.catch_up(channel, connection, base)
+        finally:
+            if session.channel is None:
+                self._reap_later(session)
 
     async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft) -> None:
         session = self._sessions.get(key)

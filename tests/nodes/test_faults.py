@@ -477,6 +477,87 @@ def test_a_lost_connection_that_is_read_late_takes_nothing_over(late: str) -> No
     run(main())
 
 
+def test_a_session_that_is_found_is_not_forgotten_meanwhile() -> None:
+    """The linger time runs out while the answer to Resume waits for a frame that is still being sent."""
+
+    async def main() -> None:
+        target = Slow()
+        world = World(target.engine, compute=target.compute, linger_s=0.05)
+        n = len(PROMPT)
+        old = await Raw.dial(world)
+        await old.send(open_frame())
+        assert isinstance(await old.recv(), Commit)
+        [session] = world.verifier._sessions.values()
+        async with session.sending:
+            old.channel.drop()
+            await asyncio.sleep(0.01)
+            new = await Raw.dial(world)
+            await new.send(Resume(1, n, digest_ids(pack_ids(PROMPT))))
+            await asyncio.sleep(0.2)
+        assert isinstance(await new.recv(), Commit)
+        await new.send(draft_frame(n + 1, [], epoch=1))
+        assert isinstance(await new.recv(), Verdict)
+        new.channel.drop()
+        await world.quiet()
+        assert world.verifier.n_sessions == 0
+
+    run(main())
+
+
+def test_a_resume_that_is_broken_off_leaves_no_session_behind() -> None:
+    """Its connection ends while it waits: the linger time begins anew."""
+
+    async def main() -> None:
+        target = Slow()
+        world = World(target.engine, compute=target.compute, linger_s=0.5)
+        old = await Raw.dial(world)
+        await old.send(open_frame())
+        assert isinstance(await old.recv(), Commit)
+        [session] = world.verifier._sessions.values()
+        async with session.sending:
+            old.channel.drop()
+            new = await Raw.dial(world)
+            await new.send(Resume(1, len(PROMPT), digest_ids(pack_ids(PROMPT))))
+            await asyncio.sleep(0.1)
+            for task in world._serving:
+                task.cancel()
+            await asyncio.sleep(0.1)
+        await world.quiet()
+        assert world.verifier.n_sessions == 0
+        assert world.free_slots() == 8
+
+    run(main())
+
+
+@pytest.mark.parametrize("mode", ["dsd-sync", "dsd-stream"])
+def test_what_was_given_up_is_closed_by_the_next_generation(mode: str) -> None:
+    """The verifier's one slot is not kept for a session whose client could not come back in time."""
+
+    async def main() -> None:
+        target = Slow(slots=1)
+        world = World(
+            target.engine,
+            compute=target.compute,
+            links=[drop(after_down=3)],
+            reachable=lambda _: not 3.0 < asyncio.get_running_loop().time() < 20.0,
+            linger_s=600.0,
+        )
+        client = world.client(emulated_drafter(0.5), patience_s=2.0)
+        await client.connect()
+        await asyncio.sleep(3.5)
+        with pytest.raises(ConnectFailed):
+            await client.generate(request_for(mode))
+        assert world.free_slots() == 0
+        await asyncio.sleep(20.0)
+        record = await client.generate(request_for(mode, n=9))
+        check(record, alone(target.engine, request_for(mode, n=9)))
+        await world.quiet()
+        assert world.verifier.n_sessions == 0
+        assert world.free_slots() == 1
+
+    run(main())
+
+
 @pytest.mark.parametrize("slots", [1, 8])
 def test_opened_again_and_again_while_the_first_one_ends(slots: int) -> None:
     """A client whose connections break at once: each Open comes while the session before is still in a
