@@ -105,29 +105,28 @@ def with_simpy(n: int, each: int) -> int:
 
 
 class Mailbox:
-    """What a `Cable` is there: one reader waits for what anybody puts, half an RTT later."""
+    """What a `Cable` is there: one reader has what anybody puts, half an RTT later."""
 
     __slots__ = ("_items", "_loop", "parked")
 
     def __init__(self, loop: VirtualLoop) -> None:
         self._loop = loop
-        self._items: deque[Any] = deque()
-        self.parked: Any = None  # the reader, while it waits
+        self._items: deque[tuple[float, Any]] = deque()  # (when it is had in s, item)
+        self.parked: Any = None  # the reader, while it waits and nothing is on its way
 
     def put(self, item: Any) -> None:
-        self._loop.call_later(HALF_RTT_S, self._arrive, item)
-
-    def _arrive(self, item: Any) -> None:
-        self._items.append(item)
-        parked = self.parked
-        if parked is not None:
+        when_s = self._loop.time() + HALF_RTT_S
+        self._items.append((when_s, item))
+        if self.parked is not None:
+            self.parked.resume_at(when_s)
             self.parked = None
-            self._loop.resume(parked)
 
     async def get(self) -> Any:
-        while not self._items:
+        if not self._items:
             await self._loop.park(self)
-        return self._items.popleft()
+        elif self._items[0][0] > self._loop.time():
+            await self._loop.sleep_until(self._items[0][0])
+        return self._items.popleft()[1]
 
 
 def on_the_loop(n: int, each: int) -> int:

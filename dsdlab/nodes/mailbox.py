@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import get_running_loop
 from typing import Generic, TypeVar
+
+from dsdlab.protocol.parking import Step, parking
 
 T = TypeVar("T")
 
@@ -11,11 +13,11 @@ T = TypeVar("T")
 class Mailbox(Generic[T]):
     """Items in order, for one reader. The reader may be cancelled: nothing is lost."""
 
-    __slots__ = ("_items", "_waiter")
+    __slots__ = ("_items", "parked")
 
     def __init__(self) -> None:
         self._items: list[T] = []
-        self._waiter: asyncio.Future[None] | None = None
+        self.parked: Step | None = None  # the reader, while it waits
 
     def __len__(self) -> int:
         return len(self._items)
@@ -23,8 +25,8 @@ class Mailbox(Generic[T]):
     def put(self, item: T) -> None:
         """Add an item; never waits."""
         self._items.append(item)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self.parked is not None:
+            self.parked.resume()
 
     def take(self) -> T:
         """The first item. Raises IndexError where there is none."""
@@ -32,12 +34,11 @@ class Mailbox(Generic[T]):
 
     async def get(self) -> T:
         """The first item, once there is one. Raises RuntimeError for a second reader."""
-        if self._waiter is not None:
+        if self.parked is not None:
             raise RuntimeError("another task waits for this mailbox")
         while not self._items:
-            self._waiter = asyncio.get_running_loop().create_future()
             try:
-                await self._waiter
+                await parking(get_running_loop())(self)
             finally:
-                self._waiter = None
+                self.parked = None
         return self._items.pop(0)

@@ -12,6 +12,7 @@ from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.codec import decode, encode
 from dsdlab.protocol.errors import ChannelClosed
 from dsdlab.protocol.frames import AnyFrame
+from dsdlab.protocol.parking import Step, parking
 from dsdlab.sim.connection import Connection, Stream
 from dsdlab.sim.link import LinkDirection
 from dsdlab.sim.profile import LinkProfile
@@ -45,8 +46,8 @@ class SimChannel(Channel):
         "_receive_s",
         "_send_s",
         "_stream",
-        "_timer",
-        "_waiter",
+        "_timed",
+        "parked",
     )
 
     _other: SimChannel
@@ -60,8 +61,8 @@ class SimChannel(Channel):
         self._inbox: list[
             tuple[float, bytes]
         ] = []  # (when it is had in s, bytes), in order; seldom more than one
-        self._waiter: asyncio.Future[None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
+        self.parked: Step | None = None  # who waits in recv
+        self._timed = False  # whether that is until a time
         self._closed = ""  # why
         self._gone = False  # closed at this end
 
@@ -69,9 +70,10 @@ class SimChannel(Channel):
         if self._closed:
             raise ChannelClosed(self._closed)
         data = encode(frame)
-        self.bytes_sent[type(frame).__name__] += len(data)
+        n_bytes = len(data)
+        self.bytes_sent[type(frame).__name__] += n_bytes
         now_s = self._loop.time() + self._send_s
-        self._stream.send(now_s, websocket_bytes(len(data), self._masked), data)
+        self._stream.send(now_s, websocket_bytes(n_bytes, self._masked), data)
 
     def _arrived(self, when_s: float, data: bytes) -> None:
         """The link says when a frame's last byte is here."""
@@ -79,11 +81,12 @@ class SimChannel(Channel):
             return
         had_s = when_s + self._receive_s
         self._inbox.append((had_s, data))
-        if self._waiter is not None and self._timer is None:
-            self._timer = self._loop.call_at(had_s, self._wake)
+        if self.parked is not None and not self._timed:
+            self._timed = True
+            self.parked.resume_at(had_s)
 
     async def recv(self) -> AnyFrame:
-        if self._waiter is not None:
+        if self.parked is not None:
             raise RuntimeError("another task waits in recv of this channel")
         loop, inbox = self._loop, self._inbox
         while True:
@@ -94,22 +97,20 @@ class SimChannel(Channel):
                     frame = decode(data)
                     self.bytes_received[type(frame).__name__] += len(data)
                     return frame
-                self._timer = loop.call_at(had_s, self._wake)
+                self._timed = True
+                wait = parking(loop)(self, had_s)
             elif self._gone or (self._closed and self._other._stream.empty):
                 raise ChannelClosed(self._closed)
-            self._waiter = loop.create_future()
+            else:
+                wait = parking(loop)(self)
             try:
-                await self._waiter
+                await wait
             finally:
-                self._waiter = None
-                if self._timer is not None:
-                    self._timer.cancel()
-                    self._timer = None
+                self.parked, self._timed = None, False
 
     def _wake(self) -> None:
-        self._timer = None
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+        if self.parked is not None:
+            self.parked.resume()
 
     async def close(self) -> None:
         self._gone = True

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
+from asyncio import AbstractEventLoop, Future, get_running_loop
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 from dsdlab.models.compute import Timing
@@ -83,10 +84,13 @@ class SimCompute:
 
         Cancelled, it stays where it is in the order: its time is spent.
         """
-        loop = asyncio.get_running_loop()
+        loop = get_running_loop()
         now_s = loop.time()
         free_s = self._free_s
-        self._begin_s = begin_s = max(now_s, free_s[0])
+        begin_s = free_s[0]
+        if begin_s < now_s:
+            begin_s = now_s
+        self._begin_s = begin_s
         self._spent_s = 0.0
         result = work()
         spent_s = self._spent_s
@@ -98,13 +102,7 @@ class SimCompute:
             self._busy_until_s = end_s
         done_s = end_s + self._hop_s
         if done_s > now_s:
-            over = loop.create_future()
-            timer = loop.call_at(done_s, _over, over)
-            try:
-                await over
-            except BaseException:
-                timer.cancel()
-                raise
+            await (getattr(loop, "sleep_until", None) or partial(_sleep_until, loop))(done_s)
         return result, Timing(begin_s - now_s, spent_s)
 
     def _through(self, begin_s: float, spent_s: float) -> float:
@@ -117,6 +115,16 @@ class SimCompute:
         return at_s
 
 
-def _over(over: asyncio.Future[Any]) -> None:
+async def _sleep_until(loop: AbstractEventLoop, when_s: float) -> None:
+    """`VirtualLoop.sleep_until` on any other loop."""
+    over = loop.create_future()
+    timer = loop.call_at(when_s, _over, over)
+    try:
+        await over
+    finally:
+        timer.cancel()
+
+
+def _over(over: Future[Any]) -> None:
     if not over.done():
         over.set_result(None)

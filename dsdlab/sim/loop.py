@@ -27,9 +27,11 @@ from contextvars import Context, copy_context
 from functools import partial
 from heapq import heapify, heappop, heappush
 from pathlib import PurePath
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
+
+from dsdlab.protocol.parking import Place
 
 __all__ = ["Deadlock", "Handle", "Runaway", "TimerHandle", "VirtualLoop", "run"]
 
@@ -85,6 +87,30 @@ class TimerHandle(Handle, eq=False):
                 self.loop._timer_cancelled()
 
 
+class ParkedStep(TimerHandle, eq=False):
+    """The next step of a parked task: it goes on at `when_s`, or when it is told to (infinity)."""
+
+    def resume(self) -> None:
+        """Let the task go on, in the next round. Nothing happens to one that is going on already."""
+        loop = self.loop
+        if loop is None:
+            return
+        if self.when_s < _NEVER_S:  # the heap keeps this handle: another one does what it was to do
+            loop._ready.append(Handle(self.callback, self.args, self.context))
+            self.cancel()
+        else:
+            loop._ready.append(self)
+        self.loop = None
+
+    def resume_at(self, when_s: float) -> None:
+        """Let the task go on at `when_s`. Only once, and where it waits to be told."""
+        loop = self.loop
+        if loop is not None:
+            self.when_s = when_s
+            loop._n_timers = number = loop._n_timers + 1
+            heappush(loop._timers, (when_s, number, self))
+
+
 def _closed(*_: object, **__: object) -> NoReturn:
     """What a closed loop does of what it was asked to."""
     raise RuntimeError("Event loop is closed")
@@ -104,26 +130,42 @@ class _Park:
     __await__ = partial(iter, _ONCE)  # no Python function on the way
 
 
-class _Place(Protocol):
-    """Something with room for the next step of a task that is parked there."""
+class _Timed(Place):
+    """A place where a task waits until a time at most."""
 
-    parked: Any
+    __slots__ = ("_place", "_until_s")
+
+    def __init__(self, place: Place, until_s: float) -> None:
+        self._place, self._until_s = place, until_s
+
+    @property
+    def parked(self) -> Any:
+        return self._place.parked
+
+    @parked.setter
+    def parked(self, step: ParkedStep) -> None:
+        self._place.parked = step
+        step.resume_at(self._until_s)
 
 
 _PARK = _Park()
+
+_Due = tuple[float, int, ParkedStep]
+"""A parked step whose time has come: its task goes on in the next round, as one does whose future is done in
+this one. So a parked task takes its turn where asyncio's loop would give it."""
 
 
 class _Task(asyncio.Task[T]):
     """asyncio's task, which can also be parked; cancelled there, it goes on at once."""
 
     __slots__ = ("parked",)
-    parked: TimerHandle  # its next step, where it was parked last
+    parked: ParkedStep  # its next step, where it was parked last
 
     def cancel(self, msg: Any = None) -> bool:
         asked = super().cancel(msg)
-        handle = getattr(self, "parked", None)
-        if asked and handle is not None and handle.loop is not None:  # it is not due yet
-            handle.loop._unpark(handle)
+        step = getattr(self, "parked", None)
+        if asked and step is not None:
+            step.resume()
         return asked
 
 
@@ -150,11 +192,11 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if max_still < 1:
             raise ValueError(f"max_still is {max_still}; allowed: 1 or more")
         self._now_s = 0.0
-        self._ready: deque[Handle] = deque()
-        self._timers: list[tuple[float, int, TimerHandle]] = []  # a heap by (when, number)
+        self._ready: deque[Any] = deque()  # Handle, or _Due
+        self._timers: list[tuple[float, int, Any]] = []  # a heap by (when, number): TimerHandle
         self._n_timers = 0  # set so far
         self._n_cancelled = 0  # of those in the heap
-        self._park: float | _Place | None = None  # until when, or where, the step asked for next is parked
+        self._park: float | Place | None = None  # until when, or where, the step asked for next is parked
         self._ran = 0  # callbacks so far
         self._max_time_s, self._max_still = max_time_s, max_still
         self._max_callbacks = math.inf if max_callbacks is None else max_callbacks
@@ -187,13 +229,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         if park is not None:  # a task that has just awaited `_PARK` asks for its next step
             self._park = None
             if type(park) is float:
-                timer = TimerHandle(callback, args, context, park, self)  # type: ignore[arg-type]
+                step = ParkedStep(callback, args, context, park, self)  # type: ignore[arg-type]
                 self._n_timers = number = self._n_timers + 1
-                heappush(self._timers, (park, number, timer))
+                heappush(self._timers, (park, number, step))
             else:
-                timer = park.parked = TimerHandle(callback, args, context, _NEVER_S, self)  # type: ignore
-            callback.__self__.parked = timer  # type: ignore[attr-defined]
-            return timer
+                step = park.parked = ParkedStep(callback, args, context, _NEVER_S, self)  # type: ignore
+            task = callback.__self__  # type: ignore[attr-defined]
+            task.parked = step
+            if task._must_cancel:  # it was cancelled before it came here
+                step.resume()
+            return step
         handle = Handle(callback, args, context if context is not None else copy_context())
         self._ready.append(handle)
         return handle
@@ -227,27 +272,21 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return self.call_soon(callback, *args, context=context)
 
     def sleep(self, delay_s: float) -> _Park:
-        """`await` it at once, in a task of this loop: `asyncio.sleep` without coroutine, future and round."""
-        self._park = self._now_s + delay_s if delay_s > 0.0 else self._now_s
+        """`await` it at once, in a task of this loop: `asyncio.sleep` without coroutine and future."""
+        if delay_s > 0.0:  # else the step just comes in the next round
+            self._park = self._now_s + (delay_s + 0.0)  # a float whatever those are
         return _PARK
 
-    def park(self, place: _Place) -> _Park:
-        """`await` it at once, in a task of this loop: until `resume` is told what `place.parked` holds."""
-        self._park = place
+    def sleep_until(self, when_s: float) -> _Park:
+        """`sleep`, to a time of this clock."""
+        self._park = when_s + 0.0
         return _PARK
 
-    def resume(self, handle: TimerHandle) -> None:
-        """Let a parked task go on, in the next round. Nothing happens to one that was cancelled meanwhile."""
-        if handle.loop is not None:
-            handle.loop = None
-            self._ready.append(handle)
-
-    def _unpark(self, handle: TimerHandle) -> None:
-        """Run a parked step in the next round instead: its task was cancelled."""
-        self._ready.append(Handle(handle.callback, handle.args, handle.context))
-        if handle.when_s < _NEVER_S:
-            handle.cancel()
-        handle.loop = None
+    def park(self, place: Place, until_s: float = math.inf, /) -> _Park:
+        """`await` it at once, in a task of this loop: until `resume` of what `place.parked` then holds, or
+        until a time of this clock."""
+        self._park = place if until_s == _NEVER_S else _Timed(place, until_s)
+        return _PARK
 
     def _timer_cancelled(self) -> None:
         self._n_cancelled = n = self._n_cancelled + 1
@@ -283,6 +322,7 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         return task
 
     def set_task_factory(self, factory: Any) -> None:
+        """Tasks of another kind than this loop's own are not to be cancelled while they are parked."""
         if factory is not None and not callable(factory):
             raise TypeError("task factory must be a callable or None")
         self._task_factory = factory
@@ -336,16 +376,22 @@ class VirtualLoop(asyncio.AbstractEventLoop):
         """The loop itself: one round runs what was ready at its beginning."""
         ready, timers = self._ready, self._timers
         popleft, append = ready.popleft, ready.append
+        for handle in [popleft() for _ in range(len(ready))]:  # what a round left that was broken off
+            if type(handle) is tuple:
+                handle[2].resume()
+            else:
+                append(handle)
         now_s, max_time_s = self._now_s, min(self._max_time_s, _LAST_S)
         max_callbacks, limit, ran = self._max_callbacks, self._max_still, self._ran
         still = 0  # callbacks since time moved
         while True:
-            handle: Handle | None = None  # the only one of its round, as is usual
+            handle = None  # the only one of its round, as is usual
             if ready:
                 if len(ready) == 1 and (not timers or timers[0][0] > now_s):
                     handle = popleft()
             elif timers:
-                when_s, _, timer = heappop(timers)
+                entry = heappop(timers)
+                when_s, _, timer = entry
                 if timer.callback is _nothing:
                     self._n_cancelled -= 1
                     continue
@@ -355,11 +401,16 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                         self._out_of_time(when_s)
                     self._now_s = now_s = when_s
                     still = 0
-                timer.loop = None
                 if timers and timers[0][0] <= now_s:
-                    append(timer)
+                    if type(timer) is ParkedStep:
+                        timer.when_s = _NEVER_S
+                        append(entry)
+                    else:
+                        timer.loop = None
+                        append(timer)
                 else:
-                    handle = timer
+                    timer.loop = None
+                    handle = timer  # a parked step too: nothing comes between this round and the next
             if handle is not None:
                 still += 1
                 self._ran = ran = ran + 1
@@ -367,8 +418,14 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                     ready.appendleft(handle)  # it waits on, for who looks at the error
                     limit = self._checked_limit(still)
                     popleft()
+                args = handle.args
                 try:
-                    handle.context.run(handle.callback, *handle.args)
+                    if args:
+                        handle.context.run(handle.callback, *args)
+                    else:  # a third of the time
+                        handle.context.run(handle.callback)
+                        if type(handle) is ParkedStep:  # a task and its last step would hold each other
+                            handle.callback = _nothing
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as e:
@@ -377,9 +434,13 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                     return
                 continue
             while timers and timers[0][0] <= now_s:
-                timer = heappop(timers)[2]
+                entry = heappop(timers)
+                timer = entry[2]
                 if timer.callback is _nothing:
                     self._n_cancelled -= 1
+                elif type(timer) is ParkedStep:
+                    timer.when_s = _NEVER_S
+                    append(entry)
                 else:
                     timer.loop = None
                     append(timer)
@@ -392,8 +453,20 @@ class VirtualLoop(asyncio.AbstractEventLoop):
                 limit = self._checked_limit(still)
             for _ in range(n):
                 handle = popleft()
+                if type(handle) is tuple:
+                    timer = handle[2]
+                    if timer.loop is not None:  # its task was not cancelled meanwhile
+                        timer.loop = None
+                        append(timer)
+                    continue
+                args = handle.args
                 try:
-                    handle.context.run(handle.callback, *handle.args)
+                    if args:
+                        handle.context.run(handle.callback, *args)
+                    else:  # a third of the time
+                        handle.context.run(handle.callback)
+                        if type(handle) is ParkedStep:  # a task and its last step would hold each other
+                            handle.callback = _nothing
                 except (SystemExit, KeyboardInterrupt):
                     raise
                 except BaseException as e:
@@ -584,9 +657,9 @@ def _waiting(task: asyncio.Task[Any]) -> str:
     return f"{task.get_name()} ({name}) {'awaits ' + what if what else 'waits'} at {where or '?'}"
 
 
-def _task_of(handle: Handle) -> asyncio.Task[Any] | None:
+def _task_of(handle: Handle | _Due) -> asyncio.Task[Any] | None:
     """The task whose step a handle is."""
-    owner = getattr(handle.callback, "__self__", None)
+    owner = getattr((handle[2] if isinstance(handle, tuple) else handle).callback, "__self__", None)
     return owner if isinstance(owner, asyncio.Task) else None
 
 
@@ -637,7 +710,7 @@ def _end_tasks(loop: VirtualLoop) -> None:
         for task in tasks:
             task.cancel()
         try:
-            loop.run_until_complete(asyncio.wait(tasks))
+            loop.run_until_complete(_all_done(loop, tasks))
         except Deadlock:
             if attempt == MAX_ENDINGS - 1:
                 raise
@@ -647,3 +720,19 @@ def _end_tasks(loop: VirtualLoop) -> None:
                     {"message": "a task failed while it was ended", "exception": error, "task": task}
                 )
     loop.run_until_complete(loop.shutdown_asyncgens())
+
+
+def _all_done(loop: VirtualLoop, tasks: list[asyncio.Task[Any]]) -> asyncio.Future[None]:
+    """Done when all tasks are. Unlike `asyncio.wait` it is no task itself, which would be left over where one
+    of them does not end."""
+    left, done = len(tasks), loop.create_future()
+
+    def ended(_: object) -> None:
+        nonlocal left
+        left -= 1
+        if not left:
+            done.set_result(None)
+
+    for task in tasks:
+        task.add_done_callback(ended)
+    return done

@@ -11,6 +11,7 @@ import selectors
 import sys
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from itertools import count
 from typing import Any
@@ -19,7 +20,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from dsdlab.nodes.mailbox import Mailbox
+from dsdlab.protocol.frames import Ping
+from dsdlab.sim.channel import SimLink
+from dsdlab.sim.compute import SimCompute
 from dsdlab.sim.loop import Deadlock, Runaway, VirtualLoop, run
+from dsdlab.sim.profile import LinkProfile
 
 # the stock loop on a virtual clock, to compare with ----------------------------------------------
 
@@ -79,12 +85,19 @@ ACTIONS = st.one_of(
     st.tuples(st.sampled_from(["put", "get"]), st.integers(0, 1)),
     st.tuples(st.sampled_from(["lock", "set", "wait", "yield", "shield"]), st.just(0)),
     st.tuples(st.sampled_from(["timeout", "wait_for", "cancel", "later", "at", "gather"]), st.integers(0, 4)),
+    st.tuples(st.sampled_from(["park", "drop in", "look in", "work"]), st.integers(0, 4)),
+    st.tuples(st.sampled_from(["send", "recv"]), st.integers(0, 1)),
 )
 
 
 async def play(scripts: list[list[Action]], log: list[Any]) -> None:
-    """Tasks that follow their scripts, with everything that asyncio has to wait for, and a log of it all."""
+    """Tasks that follow their scripts, with everything that asyncio has to wait for and with what parks on
+    the virtual loop where others wait for a future; and a log of it all."""
     loop = asyncio.get_running_loop()
+    sleep = getattr(loop, "sleep", asyncio.sleep)
+    box: Mailbox[int] = Mailbox()
+    compute = SimCompute(hop_s=1.0)
+    ends = SimLink(LinkProfile(rtt_ms=2000.0)).pair(edge=(0.0, 1.0))
     queues: list[asyncio.Queue[int]] = [asyncio.Queue(), asyncio.Queue(1)]
     lock, event = asyncio.Lock(), asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
@@ -100,6 +113,20 @@ async def play(scripts: list[list[Action]], log: list[Any]) -> None:
         match what:
             case "sleep":
                 await asyncio.sleep(n)
+            case "park":
+                await sleep(n)
+            case "drop in":
+                box.put(me)
+            case "look in" if box.parked is None:
+                async with asyncio.timeout(n):
+                    note(me, "found", await box.get())
+            case "work":
+                note(me, "worked", await compute.run(lambda: compute.spend(float(n))))
+            case "send":
+                await ends[n].send(Ping(me, loop.time()))
+            case "recv" if ends[n].parked is None:
+                async with asyncio.timeout(3):
+                    note(me, "received", await ends[n].recv())
             case "yield":
                 await asyncio.sleep(0)
             case "put":
@@ -148,6 +175,8 @@ async def play(scripts: list[list[Action]], log: list[Any]) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.lists(ACTIONS, max_size=8), min_size=1, max_size=5))
+@example([[("at", 1), ("sleep", 1), ("park", 1)]])  # the time is an integer then
+@example([[("cancel", 0), ("recv", 0)]])  # cancelled before it waits
 def test_l1_events_come_in_the_stock_loops_order(scripts: list[list[Action]]) -> None:
     ours: list[Any] = []
     theirs: list[Any] = []
@@ -776,13 +805,16 @@ def test_a_task_that_does_not_end_is_named() -> None:
 
     stop: list[bool] = []
     kept: list[asyncio.Task[None]] = []
+    loops: list[VirtualLoop] = []
 
     async def main() -> None:
+        loops.append(virtual())
         kept.append(asyncio.create_task(stubborn(), name="stubborn"))
         await asyncio.sleep(1)
 
     with pytest.raises(Deadlock, match="stubborn"):
         run(main())
+    assert asyncio.all_tasks(loops[0]) == set(kept)  # none of the loop's own waits on
     kept[0]._log_destroy_pending = False  # type: ignore[attr-defined]
     stop.append(True)
 
@@ -938,17 +970,17 @@ def test_a_task_parked_in_a_place_goes_on_when_told_and_only_once() -> None:
         order.append(name)
 
     async def main() -> None:
-        loop, place = virtual(), Place()
+        place = Place()
         task = asyncio.create_task(waiter(place, "told"))
         await asyncio.sleep(1.0)
-        loop.resume(place.parked)
-        loop.resume(place.parked)
+        place.parked.resume()
+        place.parked.resume()
         await task
         task = asyncio.create_task(waiter(place, "cancelled"))
         await asyncio.sleep(1.0)
         task.cancel()
         await asyncio.wait([task])
-        loop.resume(place.parked)  # too late: nothing happens
+        place.parked.resume()  # too late: nothing happens
         await asyncio.sleep(1.0)
         assert task.cancelled()
 
@@ -967,21 +999,23 @@ def test_a_task_that_is_parked_for_good_is_a_deadlock_that_names_it() -> None:
         run(main())
 
 
-def test_parked_sleeps_and_timers_of_one_instant_keep_their_order() -> None:
-    order: list[int] = []
+def test_a_task_that_was_parked_goes_without_a_look_for_garbage() -> None:
+    gone: list[weakref.ref[asyncio.Task[None]]] = []
 
-    async def sleeper(n: int) -> None:
+    async def sleeper() -> None:
         await virtual().sleep(1.0)
-        order.append(n)
 
     async def main() -> None:
-        loop = virtual()
-        tasks = []
-        for n in range(0, 10, 2):
-            tasks.append(asyncio.create_task(sleeper(n)))
-            await asyncio.sleep(0)
-            loop.call_later(1.0, order.append, n + 1)
-        await asyncio.gather(*tasks)
+        tasks = [asyncio.create_task(sleeper()) for _ in range(2)]
+        gone.extend(weakref.ref(task) for task in tasks)
+        await virtual().sleep(0.5)
+        tasks.pop().cancel()
+        tasks.clear()
+        await virtual().sleep(1.0)
+        assert [ref() for ref in gone] == [None, None]
 
-    run(main())
-    assert order == list(range(10))
+    gc.disable()
+    try:
+        run(main())
+    finally:
+        gc.enable()
