@@ -18,12 +18,14 @@ that it is a function of seeds and position alone, in whatever order positions a
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
@@ -32,6 +34,7 @@ _GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB1331
 _MASK, _HALF = (1 << 64) - 1, 0xFFFFFFFF
 LEVELS = 256  # of confidence; a power of two
 _SESSIONS = 1 << 16  # sessions whose latest run of the acceptance process is remembered
+_BLOCK, _BACK = 64, 8  # positions whose tokens are drawn at once; of them, before the one that was asked for
 
 
 class EmulatedProfile(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -133,6 +136,21 @@ def _bits(key: int, position: int) -> int:
     return x ^ (x >> 31)
 
 
+_SHIFT_27, _SHIFT_30, _SHIFT_31, _SHIFT_32 = (np.uint64(n) for n in (27, 30, 31, 32))
+_FACTOR_1, _FACTOR_2 = np.uint64(_MIX_1), np.uint64(_MIX_2)
+_STEPS = np.arange(1, _BLOCK + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
+
+
+def _many_bits(key: int, first: int) -> npt.NDArray[np.uint64]:
+    """`_bits` at `first` and the positions after it: [_BLOCK]."""
+    x: npt.NDArray[np.uint64] = _STEPS + np.uint64((key + first * _GOLDEN) & _MASK)
+    for shift, factor in ((_SHIFT_30, _FACTOR_1), (_SHIFT_27, _FACTOR_2)):
+        x ^= x >> shift
+        x *= factor
+    x ^= x >> _SHIFT_31
+    return x
+
+
 @lru_cache(maxsize=64)
 def _levels(alpha: float, informed: float) -> tuple[float, ...]:
     """Equally likely values of Beta(informed · alpha, informed · (1 - alpha)) with its mean; none for 0."""
@@ -174,6 +192,8 @@ class EmulatedEngine(Engine):
         self._fresh, self._good = fresh, round(profile.alpha * fresh)  # out of 2^32
         self._levels = _levels(profile.alpha, profile.informed)
         self._runs: dict[int, tuple[int, int, bool]] = {}  # by stream: first and last position known, state
+        self._blocks: dict[int, tuple[int, array[int]]] = {}
+        """By sampling seed: a position, and the tokens from there on."""
         self.info = ModelInfo(
             model_id="emulated",
             tokenizer=f"emulated-{profile.vocab_size}",
@@ -208,42 +228,75 @@ class EmulatedEngine(Engine):
 
     def _advance(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> None:
         tokens = context = 0
+        lengths, most = self._length, self.info.max_context
         for c in chunks:
-            held, n = self._length[c.slot], len(c.ids)
-            if held + n > self.info.max_context:
-                raise ContextFull(
-                    f"{held + n} positions; the emulated model is set for {self.info.max_context}"
-                )
+            held, n = lengths[c.slot], len(c.ids)
+            if held + n > most:
+                raise ContextFull(f"{held + n} positions; the emulated model is set for {most}")
             tokens += n
             context += held
         for c in chunks:
-            self._length[c.slot] += len(c.ids)
+            lengths[c.slot] += len(c.ids)
         if self.charge is not None:
             pairs = zip(chunks, samplings, strict=True)
             self.charge(tokens, len(chunks), context, sum(c.rows for c, s in pairs if not s.greedy))
         else:
             self.wait(self.profile.cost_s(tokens, len(chunks)))
 
+    def tokens(self, sampling_seed: int, first: int, n: int) -> list[int]:
+        """What this model says at absolute positions first … first + n - 1."""
+        block = self._blocks.get(sampling_seed)
+        if block is not None:
+            at = first - block[0]
+            if at >= 0 and at + n <= _BLOCK:
+                return block[1][at : at + n].tolist()
+        token = self.token
+        return [token(sampling_seed, position) for position in range(first, first + n)]
+
     def token(self, sampling_seed: int, position: int) -> int:
         """What this model says at an absolute position.
 
         The upper half of 64 bits draws the token (biased by less than vocab_size/2^32), the lower half is u.
         """
+        block = self._blocks.get(sampling_seed)
+        if block is not None:
+            at = position - block[0]
+            if 0 <= at < _BLOCK:
+                return block[1][at]
+        if self._fresh > _HALF or self.profile.accepts:
+            return self._new_block(sampling_seed, position)
         profile = self.profile
         stream = _stream(profile.seed, sampling_seed)
         bits = _bits(stream, position)
         others = profile.vocab_size - 1
         right = 1 + (bits >> 32) % others
+        return right if self._state(stream, position, bits & _HALF) else 1 + right % others
+
+    def _new_block(self, sampling_seed: int, position: int) -> int:
+        """The token at a position of a process without memory; those around it are remembered too. A window
+        may go back by a few positions, but seldom by more."""
+        profile = self.profile
+        first = max(position - _BACK, 0)
+        stream = _stream(profile.seed, sampling_seed)
+        bits = _many_bits(stream, first)
+        others = np.uint64(profile.vocab_size - 1)
+        right = (bits >> _SHIFT_32) % others
+        u = bits & np.uint64(_HALF)
         if profile.accepts:
-            agrees = profile.accepts[position % len(profile.accepts)]
+            n = len(profile.accepts)
+            agrees = np.array([profile.accepts[at % n] for at in range(first, first + _BLOCK)])
+        elif self._levels:
+            sure = [self._levels[_level(stream, at)] for at in range(first, first + _BLOCK)]
+            agrees = u < np.array(sure) * 2.0**32
         else:
-            u = bits & _HALF
-            agrees = u < self._good
-            if self._levels:
-                agrees = u < self._levels[_level(stream, position)] * 2.0**32
-            elif self._fresh <= _HALF:
-                agrees = self._state(stream, position, u)
-        return right if agrees else 1 + right % others
+            agrees = u < np.uint64(self._good)
+        right += np.uint64(1)
+        said = np.where(agrees, right, right % others + np.uint64(1))
+        if len(self._blocks) >= 2 * max(len(self._length), 1):  # half of them of sessions that have ended
+            self._blocks.clear()  # only what is quicker is lost
+        block = array("I", said.astype(np.uint32).tobytes())
+        self._blocks[sampling_seed] = first, block
+        return block[position - first]
 
     def confidence(self, sampling_seed: int, position: int) -> float:
         """The probability with which this model is right at a position, as it knows it."""
@@ -289,12 +342,11 @@ class EmulatedEngine(Engine):
 
     def choose(self, chunks: Sequence[Chunk], samplings: Sequence[Sampling]) -> list[list[int]]:
         self._advance(chunks, samplings)
-        token = self.token
-        out = []
-        for chunk, sampling in zip(chunks, samplings, strict=True):
-            after = self._length[chunk.slot]
-            out.append([token(sampling.seed, p) for p in range(after - chunk.rows + 1, after + 1)])
-        return out
+        tokens, lengths = self.tokens, self._length
+        return [
+            tokens(sampling.seed, lengths[chunk.slot] - chunk.rows + 1, chunk.rows)
+            for chunk, sampling in zip(chunks, samplings, strict=True)
+        ]
 
     def choose_surely(self, chunk: Chunk, sampling: Sampling) -> tuple[int, float]:
         token = self.choose([chunk], [sampling])[0][-1]

@@ -71,6 +71,48 @@ def test_a_target_is_a_function_of_seeds_and_position() -> None:
     assert min(alone) >= 1  # never the end of sequence
 
 
+@pytest.mark.parametrize(
+    "profile",
+    [
+        EmulatedProfile(alpha=0.7, seed=3),
+        EmulatedProfile(alpha=0.0, vocab_size=3),
+        EmulatedProfile(alpha=0.7, informed=3.0, vocab_size=1 << 24),
+        EmulatedProfile(accepts=(True, False, True), seed=1 << 70),
+        EmulatedProfile(alpha=0.7, persist=9.0),
+    ],
+)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0, 7, -7, 2**64 - 1]), st.integers(0, 300), st.integers(0, 90)), max_size=9
+    )
+)
+def test_tokens_are_their_definition_in_any_order(
+    profile: EmulatedProfile, asked: list[tuple[int, int, int]]
+) -> None:
+    """However many are drawn at once: each is a function of seeds and position."""
+    engine, one = EmulatedEngine(profile), EmulatedEngine(profile)
+
+    def defined(sampling_seed: int, position: int) -> int:
+        stream = emulated_module._stream(profile.seed, sampling_seed)
+        bits = emulated_module._bits(stream, position)
+        u, others = bits % 2**32, profile.vocab_size - 1
+        right = 1 + (bits >> 32) % others
+        if profile.accepts:
+            agrees = profile.accepts[position % len(profile.accepts)]
+        elif profile.persist:
+            agrees = one._state(stream, position, u)
+        elif profile.informed:
+            agrees = u < engine.confidence(sampling_seed, position) * 2.0**32
+        else:
+            agrees = u < round(profile.alpha * 2**32)
+        return right if agrees else 1 + right % others
+
+    for sampling_seed, first, n in asked:
+        want = [defined(sampling_seed, position) for position in range(first, first + n)]
+        assert engine.tokens(sampling_seed, first, n) == want
+        assert engine.token(sampling_seed, first) == defined(sampling_seed, first)
+
+
 def test_a_charge_takes_the_place_of_the_profiles_cost() -> None:
     charged: list[tuple[int, ...]] = []
     clock = Clock()
