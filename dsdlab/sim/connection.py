@@ -14,7 +14,7 @@ from typing import Any
 from dsdlab.sim.clock import Clock
 from dsdlab.sim.congestion import INITIAL_WINDOW
 from dsdlab.sim.link import LinkDirection
-from dsdlab.sim.profile import segments_of, wire_bytes
+from dsdlab.sim.profile import HEADER_BYTES, MSS_BYTES, segments_of
 from dsdlab.sim.tcp import TcpEnd, tcp_pair
 
 __all__ = ["Connection", "Stream"]
@@ -43,14 +43,14 @@ class Stream:
         flights = self._flights
         while flights and flights[0][0] <= now_s:
             del flights[0]
-        segments = segments_of(n_bytes)
+        segments = 1 if n_bytes <= MSS_BYTES else segments_of(n_bytes)
         if len(flights) + segments <= FREE_SEGMENTS and connection.quiet:
             stats = link.stats
             stats.n_bytes += n_bytes
             stats.segments += segments
             connection.rtt_s = rtt_s = link.rtt_s
             connection.used = True
-            arrival_s = link.cross(now_s, wire_bytes(n_bytes))
+            arrival_s = link.cross(now_s, n_bytes + HEADER_BYTES * segments)
             flights.append((arrival_s + rtt_s - link.delay_s, now_s, n_bytes))
             self.arrived(arrival_s, item)
             return
@@ -105,9 +105,10 @@ class Connection:
     @property
     def quiet(self) -> bool:
         """Whether an arrival is arithmetic: a plain link both ways, and nothing that is being repaired."""
-        if not (self.up._link.plain and self.down._link.plain and self._nodelay):
+        up, down = self.up, self.down
+        if not (up._link.plain and down._link.plain and self._nodelay):
             return False
-        one, two = self.up.end, self.down.end
+        one, two = up.end, down.end
         return one is None or two is None or (not self.to_come and one.idle and two.idle)
 
     def end_of(self, stream: Stream) -> TcpEnd:

@@ -66,6 +66,7 @@ class LinkDirection:
         "out_s",
         "plain",
         "profile",
+        "rtt_s",
         "s_per_byte",
         "stats",
     )
@@ -92,6 +93,7 @@ class LinkDirection:
         rate = profile.rate_mbit(self.direction)
         self.s_per_byte = 0.0 if rate is None else 8.0 / (rate * 1e6)
         self.delay_s = profile.delay_s(self.direction)
+        self.rtt_s = profile.rtt_ms / 1e3  # of the link, without load
         self.jitter_s = profile.jitter_ms / 1e3 * profile.fraction(self.direction)
         self.loss = profile.loss_pct / 100.0
         self._chain = profile.gilbert_elliott() if profile.loss_burst > 1.0 else None
@@ -99,11 +101,6 @@ class LinkDirection:
         """Whether every packet gets through."""
         self.plain = self.clean and self.jitter_s == 0.0
         """Whether it also makes no difference to a packet that acknowledgements are under way before it."""
-
-    @property
-    def rtt_s(self) -> float:
-        """The link's round trip without load."""
-        return self.profile.rtt_ms / 1e3
 
     @property
     def by_segment(self) -> bool:
