@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 from collections import Counter, deque
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from dsdlab.models.base import Engine
 from dsdlab.models.compute import Compute
@@ -127,6 +127,8 @@ class DrafterNode(Dialer):
                     raise ProtocolError("bad-frame", str(e)) from None
                 await self._come_back(run)
             except GenerationFailed as e:
+                if e.code == "busy" and run.opened:
+                    continue  # a late copy, or what told of the session was one: resume it and see
                 if e.code != "unknown-session" or run.reopened >= MAX_REOPENED:
                     raise
                 run.reopened += 1  # the verifier forgot the session: open it again where it stands
@@ -160,12 +162,10 @@ class DrafterNode(Dialer):
 
     async def _abandon(self, session: int) -> None:
         """Tell the verifier that nobody wants the rest: now, or when there is a connection again."""
-        try:
-            if self._channel is not None:
+        if self._channel is not None:
+            with suppress(ChannelClosed):
                 await self._channel.send(Close(session))
                 return
-        except ChannelClosed:
-            await self.disconnect()
         self._left.append(session)
 
     async def _enter(self, channel: Channel, run: Generation, stream: DraftStream | None) -> None:

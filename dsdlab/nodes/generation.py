@@ -80,8 +80,6 @@ class Generation:
         while True:
             frame: AnyFrame = await channel.recv()
             match frame:
-                case Error(code="busy", session=self.session) if self.opened:
-                    record.stale_frames += 1  # a second copy: the session has been let in since
                 case Error(session=session) if session in (0, self.session):
                     raise GenerationFailed(frame.code, frame.message, frame.retry_after_ms)
                 case Verdict() | Commit() if frame.session == self.session:

@@ -31,6 +31,7 @@ from dsdlab.models.weights_io import load_llama_dir
 from dsdlab.nodes import MODES, GenerationRecord, GenerationRequest
 from dsdlab.nodes.request import STREAMING_MODES
 from dsdlab.protocol import ChannelClosed, ConnectFailed, ProtocolError
+from dsdlab.protocol.codec import encode
 from dsdlab.protocol.frames import (
     PROTOCOL_VERSION,
     Close,
@@ -40,6 +41,7 @@ from dsdlab.protocol.frames import (
     Welcome,
     digest_ids,
     pack_ids,
+    refusal,
     unpack_ids,
 )
 from dsdlab.protocol.memory import Faults
@@ -554,6 +556,77 @@ def test_what_was_given_up_is_closed_by_the_next_generation(mode: str) -> None:
         await world.quiet()
         assert world.verifier.n_sessions == 0
         assert world.free_slots() == 1
+
+    run(main())
+
+
+@pytest.mark.parametrize("mode", ["dsd-sync", "dsd-stream"])
+def test_forgotten_and_lost_at_once(mode: str) -> None:
+    """The verifier's last word is that it does not know the session; then nobody answers for a while."""
+
+    async def main() -> None:
+        target = Slow()
+        world = World(
+            target.engine,
+            compute=target.compute,
+            links=[drop()],
+            reachable=lambda dial: dial == 1 or asyncio.get_running_loop().time() > 8.0,
+        )
+
+        def then(n: int) -> None:
+            if n == 4:
+                client = world.channels[0]
+                last = encode(refusal("unknown-session", "not held here", session=1))
+                client._inbox.append((asyncio.get_running_loop().time(), last))
+                world.drop_all()
+
+        watch = Watch(then)
+        record = await world.client(emulated_drafter(0.5)).generate(request_for(mode), watch)
+        check(record, alone(target.engine, request_for(mode)), watch)
+        assert asyncio.get_running_loop().time() > 8.0
+
+    run(main())
+
+
+def test_a_refusal_for_want_of_room_after_it_seemed_to_be_in() -> None:
+    """A late copy of a Commit can tell of a session that is not in: the client looks, and waits for room."""
+    from dsdlab.nodes import DrafterNode
+    from dsdlab.protocol.frames import Hello, Open
+    from dsdlab.protocol.memory import memory_pair
+
+    async def main() -> None:
+        client, server = memory_pair()
+        ids, n = [11, 12, 13], len(PROMPT)
+        busy = refusal("busy", "no room", session=1, retry_after_ms=250)
+
+        async def verifier() -> None:
+            assert isinstance(await server.recv(), Hello)
+            await server.send(welcome())
+            assert isinstance(await server.recv(), Open)
+            await server.send(Commit(1, n, pack_ids(ids[:1]), 0, 0, 0, 0, 0))
+            await server.send(busy)
+            asked = await server.recv()
+            assert isinstance(asked, Resume)
+            assert asked.length == n + 1
+            await server.send(refusal("unknown-session", "not held here", session=1))
+            for _ in range(2):
+                opened = await server.recv()
+                assert isinstance(opened, Open)
+                assert unpack_ids(opened.committed) == ids[:1]
+                await server.send(busy)
+            assert isinstance(await server.recv(), Open)
+            await server.send(Commit(1, n + 1, pack_ids(ids[1:]), 0, 0, 0, 0, 0))
+            assert isinstance(await server.recv(), Close)
+
+        async def dial():
+            return client
+
+        serving = asyncio.create_task(verifier())
+        watch = Watch()
+        record = await DrafterNode(dial, SimCompute()).generate(request_for("cloud-ar", n=3), watch)
+        check(record, (ids, "length"), watch)
+        assert asyncio.get_running_loop().time() == pytest.approx(0.5)
+        await serving
 
     run(main())
 
