@@ -104,12 +104,19 @@ def show_plan(scenario: Scenario, jobs: Sequence[Job], folder: Path, console: Co
         axes["TCP"] = lambda c: c.tcp.label or "default"
     if scenario.run.link == "wan":  # nobody knows, and nobody asks
         del axes["rate Mbit/s"], axes["loss %"]
+    columns = {name: [show(cell) for cell in cells] for name, show in axes.items()}
+    same = {name: c[0] for name, c in columns.items() if len(c) > 1 and len(set(c)) == 1}
     table = Table(title=f"{scenario.name}: {len(cells)} cells × {scenario.run.repeats} repeats")
-    for name in axes:
-        table.add_column(name, justify="left" if name in ("cell", "mode", "policy", "TCP") else "right")
-    for cell in cells:
-        table.add_row(*(show(cell) for show in axes.values()))
+    shown = [name for name in columns if name not in same]
+    for name in shown:
+        words = name in ("cell", "mode", "policy", "TCP")
+        width = max(map(len, columns[name])) if name in ("cell", "mode") else None
+        table.add_column(name, justify="left" if words else "right", min_width=width)
+    for row in zip(*(columns[name] for name in shown), strict=True):
+        table.add_row(*row)
     console.print(table)
+    if same:
+        console.print(f"in every cell: {', '.join(f'{k} {v}' for k, v in same.items())}", highlight=False)
     if scenario.steps:
         console.print(f"during every generation: {describe_steps(scenario.steps)}", highlight=False)
     seconds = estimate_s(jobs, scenario.workload.max_new_tokens)
