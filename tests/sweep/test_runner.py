@@ -37,8 +37,9 @@ def measure(rtt_ms: float, n: int = 3) -> LinkMeasure:
 class FakeBed:
     """Measures what it is told to, in order; the last measure is repeated."""
 
-    def __init__(self, *rtts_ms: float | CellFailed) -> None:
+    def __init__(self, *rtts_ms: float | CellFailed, changes: bool = False) -> None:
         self.rtts_ms = list(rtts_ms)
+        self.changes = [(2.001, "RTT 150 ms")] if changes else []
         self.said: list[str] = []
         self.timeline: Sequence[tuple[float, LinkProfile, str]] = ()
         self.generate_fails: CellFailed | None = None
@@ -74,7 +75,7 @@ class FakeBed:
             raise self.generate_fails
         record = GenerationRecord(ids=[1, 2], finish="length", ttft_s=0.1, commits=[(0.1, 1), (0.2, 1)])
         return Generation(
-            record=msgspec.to_builtins(record), link_changes=[(2.001, "RTT 150 ms")],
+            record=msgspec.to_builtins(record), link_changes=self.changes,
             link_counters={"up": {"packets": 7, "bytes": 900, "drops": 0}},
         )  # fmt: skip
 
@@ -91,7 +92,7 @@ def run(bed: FakeBed, folder: Path, raw: dict[str, Any] = RAW) -> Row:
 
 
 def test_a_good_link_is_measured_before_and_after(tmp_path: Path) -> None:
-    bed = FakeBed(50.2, 50.7)
+    bed = FakeBed(50.2, 50.7, changes=True)
     row = run(bed, tmp_path)
     assert bed.said == ["set", "calibrate", "generate", "calibrate"]
     assert (row.status, row.excluded, row.exact, row.usable) == ("ok", "", True, True)
@@ -127,6 +128,15 @@ def test_a_link_that_went_wrong_has_no_second_chance(tmp_path: Path) -> None:
     row = run(FakeBed(9.0), tmp_path / "both")
     assert row.excluded.startswith("before: RTT is 9.00 ms")
     assert "; after: RTT is 9.00 ms" in row.excluded
+
+
+def test_what_a_thin_rate_held_back_may_pass_before_a_link_is_judged(tmp_path: Path) -> None:
+    bed = FakeBed(50.0, 2172.1, 112.4, 50.1, changes=True)
+    row = run(bed, tmp_path / "drained")
+    assert bed.said == ["set", "calibrate", "generate"] + ["calibrate"] * 3
+    assert (row.excluded, row.link_after and row.link_after.rtt_p50_ms) == ("", 50.1)
+    row = run(FakeBed(50.0, 2172.1, 112.4, 112.4, 50.1, changes=True), tmp_path / "not")
+    assert row.excluded == "after: RTT is 112.40 ms, asked 50.00 ± 2.00"
 
 
 def test_measurements_that_fail(tmp_path: Path) -> None:
