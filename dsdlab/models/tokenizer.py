@@ -6,17 +6,40 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tokenizers import Tokenizer as _Backend
 
 from dsdlab.models.base import ModelError
 
 
+class ChatForm(NamedTuple):
+    """How a family of models writes a user's turn, up to where the answer begins."""
+
+    marker: str  # a vocabulary with this token is of the family
+    turn: str
+    system: str  # goes before the turn; "" where the family has none, and it goes before the user's text
+
+
+CHAT_FORMS = (
+    ChatForm(
+        "<|im_start|>",
+        "<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\n{text}<|im_end|>\n",
+    ),
+    ChatForm(  # Gemma; without <bos> it babbles
+        "<start_of_turn>",
+        "<bos><start_of_turn>user\n{text}<end_of_turn>\n<start_of_turn>model\n",
+        "",
+    ),
+)
+
+
 class Tokenizer:
     """A fast tokenizer from `tokenizer.json`, with the chat form of its model.
 
-    The chat form is ChatML (`<|im_start|>role … <|im_end|>`) where the vocabulary has its markers;
-    otherwise the prompt's text is used as it is.
+    The chat form is ChatML or Gemma's, where the vocabulary has its markers; otherwise the prompt's text is
+    used as it is.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,7 +53,7 @@ class Tokenizer:
         )
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
         self.vocab_size = self._backend.get_vocab_size()
-        self._chatml = self._backend.token_to_id("<|im_start|>") is not None
+        self._form = next((f for f in CHAT_FORMS if self._backend.token_to_id(f.marker) is not None), None)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; markers written in the text are parsed as markers."""
@@ -41,10 +64,13 @@ class Tokenizer:
         """Token ids of one user turn, ready for the answer. Raises ValueError for an empty prompt."""
         if not user.strip():
             raise ValueError("the prompt is empty; allowed: any text with at least one visible character")
-        if not self._chatml:
+        form = self._form
+        if form is None:
             return self.encode(user)
-        head = f"<|im_start|>system\n{system}<|im_end|>\n" if system else ""
-        return self.encode(f"{head}<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
+        head = form.system.replace("{text}", system) if system else ""
+        if system and not form.system:
+            user = f"{system}\n\n{user}"
+        return self.encode(head + form.turn.replace("{text}", user))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, markers left out."""
