@@ -1,14 +1,17 @@
-"""How far the controller is from the best static setting of each cell, which nobody knows beforehand."""
+"""How far the controller is from the best static setting of each cell, which nobody knows beforehand.
+
+Regret is counted on what was spent in all, as it is for bandits: the time of a cell's generations together. A
+median over texts would call a setting best that is a little faster on most and far slower on the rest.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
-from dsdlab.sweep.bootstrap import Estimate
-from dsdlab.sweep.breakeven import Tpots, paired_ratios, ratio_estimate
+from dsdlab.sweep.bootstrap import Estimate, of_ratio
+from dsdlab.sweep.breakeven import Pair, Tpots
 from dsdlab.sweep.keys import Condition, Variant
 
 __all__ = ["Regret", "regret_lines", "regrets_of"]
@@ -19,8 +22,9 @@ ADAPTIVE = "dsd-adaptive"
 class Regret(NamedTuple):
     """One cell of the controller.
 
-    best: the static variant with the least median TPOT among those that need no more than the controller had.
-    ratio, of_alone: paired TPOT ratios against it and against `cloud-ar`, the latter None where none was run.
+    best: the static variant that took least time on the same generations, among those that need no more than
+    the controller had. ratio, of_alone: the controller's time as a multiple of it and of `cloud-ar`, the
+    latter None where none was run. tpot_ms, best_ms: means over the generations that both have.
     """
 
     variant: Variant
@@ -48,6 +52,21 @@ def _had_by(controller: Variant, static: Variant) -> bool:
     return controller.beside > 0 or not (static.beside or static.mode == "cloud-sd")
 
 
+def _total_ratio(mine: Mapping[Pair, float], theirs: Mapping[Pair, float], label: str) -> Estimate | None:
+    """Σ mine / Σ theirs over the generations that both have, with its interval; None without any."""
+    shared = [pair for pair in mine if pair in theirs]
+    if not shared:
+        return None
+    groups = [pair[:2] for pair in shared]
+    found = of_ratio([mine[p] for p in shared], [theirs[p] for p in shared], groups, label)
+    return replace(found, n=len(shared))
+
+
+def _shared_mean(of: Mapping[Pair, float], also_in: Mapping[Pair, float]) -> float:
+    shared = [ms for pair, ms in of.items() if pair in also_in]
+    return sum(shared) / len(shared)
+
+
 def regrets_of(tpots: Tpots) -> list[Regret]:
     """Of every cell of the controller that shares generations with a static one."""
     found = []
@@ -56,27 +75,19 @@ def regrets_of(tpots: Tpots) -> list[Regret]:
         if variant.mode != ADAPTIVE:
             continue
         rivals = {
-            other: theirs
+            other: (theirs, ratio)
             for (other, where, at), theirs in tpots.items()
-            if (where, at) == (condition, rtt_ms) and _had_by(variant, other) and paired_ratios(mine, theirs)
+            if (where, at) == (condition, rtt_ms)
+            and _had_by(variant, other)
+            and (ratio := _total_ratio(mine, theirs, f"regret {key} {other}"))
         }
         if not rivals:
             continue
-        medians = {other: float(np.median(list(theirs.values()))) for other, theirs in rivals.items()}
-        best = min(sorted(medians, key=lambda v: v.order), key=medians.__getitem__)
-        alone = next((theirs for other, theirs in rivals.items() if other.mode == "cloud-ar"), None)
-        found.append(
-            Regret(
-                variant,
-                condition,
-                rtt_ms,
-                float(np.median(list(mine.values()))),
-                best,
-                medians[best],
-                ratio_estimate(mine, rivals[best], f"regret {key}"),
-                None if alone is None else ratio_estimate(mine, alone, f"alone {key}"),
-            )
-        )
+        best = max(sorted(rivals, key=lambda v: v.order), key=lambda v: rivals[v][1].value)
+        theirs, ratio = rivals[best]
+        alone = next((against for other, (_, against) in rivals.items() if other.mode == "cloud-ar"), None)
+        mean_ms, best_ms = _shared_mean(mine, theirs), _shared_mean(theirs, mine)
+        found.append(Regret(variant, condition, rtt_ms, mean_ms, best, best_ms, ratio, alone))
     return sorted(found, key=lambda r: (r.condition.order, r.variant.order, r.rtt_ms))
 
 

@@ -56,6 +56,18 @@ def test_without_a_rival_or_a_controller_there_is_none() -> None:
     assert regret_lines([]) == []
 
 
+def test_the_best_is_best_in_all_and_not_on_most_texts() -> None:
+    cells = tpots((FREE, 10, 20), (SYNC, 10, 20), (CONTROLLER, 10, 20))
+    cells[FREE, HERE, 10] = dict(
+        zip(PAIRS, (9.0, 9.0, 42.0), strict=True)
+    )  # least median, most in all
+    cells[SYNC, HERE, 10] = dict(zip(PAIRS, (10.0, 10.0, 20.0), strict=True))
+    cells[CONTROLLER, HERE, 10] = dict(zip(PAIRS, (11.0, 11.0, 22.0), strict=True))
+    (found,) = regrets_of(cells)
+    assert (found.best, found.pct) == (SYNC, pytest.approx(10.0))
+    assert (found.tpot_ms, found.best_ms) == (pytest.approx(44 / 3), pytest.approx(40 / 3))
+
+
 def test_only_shared_generations_are_paired() -> None:
     cells = tpots((FREE, 10, 20), (CONTROLLER, 10, 22))
     cells[CONTROLLER, HERE, 10] = {PAIRS[2]: 30.0}
