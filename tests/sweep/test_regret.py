@@ -58,9 +58,7 @@ def test_without_a_rival_or_a_controller_there_is_none() -> None:
 
 def test_the_best_is_best_in_all_and_not_on_most_texts() -> None:
     cells = tpots((FREE, 10, 20), (SYNC, 10, 20), (CONTROLLER, 10, 20))
-    cells[FREE, HERE, 10] = dict(
-        zip(PAIRS, (9.0, 9.0, 42.0), strict=True)
-    )  # least median, most in all
+    cells[FREE, HERE, 10] = dict(zip(PAIRS, (9.0, 9.0, 42.0), strict=True))  # least median, most in all
     cells[SYNC, HERE, 10] = dict(zip(PAIRS, (10.0, 10.0, 20.0), strict=True))
     cells[CONTROLLER, HERE, 10] = dict(zip(PAIRS, (11.0, 11.0, 22.0), strict=True))
     (found,) = regrets_of(cells)
