@@ -63,11 +63,10 @@ class Clock:
             os.close(self._file)
 
 
-class TargetForwards:
-    """Single forwards of a target, in the compute thread, from a text of which slots hold the beginning."""
+class _Forwards:
+    """What both kinds have: a text, slots that hold beginnings of it, and a clock."""
 
-    def __init__(self, engine: Engine, text: Sequence[int]) -> None:
-        self._engine = engine
+    def __init__(self, text: Sequence[int]) -> None:
         self._text = list(text)
         self._slots: dict[int, int] = {}
         self._clock: Clock | None = None
@@ -78,6 +77,14 @@ class TargetForwards:
         if self._clock is None:
             self._clock = Clock()
         return self._clock
+
+
+class TargetForwards(_Forwards):
+    """Single forwards of a target, in the compute thread, from a text of which slots hold the beginning."""
+
+    def __init__(self, engine: Engine, text: Sequence[int]) -> None:
+        super().__init__(text)
+        self._engine = engine
 
     def hold(self, session: int, length: int) -> int:
         """A slot that holds exactly the text's first `length` tokens."""
@@ -124,21 +131,12 @@ class TargetForwards:
         self.clock.close()
 
 
-class DrafterForwards:
+class DrafterForwards(_Forwards):
     """Single forwards of a drafter's model, in the compute thread, by `propose`, one token at a time."""
 
     def __init__(self, drafter: Drafter, text: Sequence[int]) -> None:
+        super().__init__(text)
         self._drafter = drafter
-        self._text = list(text)
-        self._slots: dict[int, int] = {}
-        self._clock: Clock | None = None
-
-    @property
-    def clock(self) -> Clock:
-        """Of the thread that asks, always the same one."""
-        if self._clock is None:
-            self._clock = Clock()
-        return self._clock
 
     def hold(self, session: int, length: int) -> int:
         """A slot whose session has just proposed after the text's first `length` tokens."""
