@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from statistics import fmean
 from typing import NamedTuple
 
 from dsdlab.sweep.bootstrap import Estimate, of_ratio
@@ -52,19 +53,26 @@ def _had_by(controller: Variant, static: Variant) -> bool:
     return controller.beside > 0 or not (static.beside or static.mode == "cloud-sd")
 
 
-def _total_ratio(mine: Mapping[Pair, float], theirs: Mapping[Pair, float], label: str) -> Estimate | None:
-    """Σ mine / Σ theirs over the generations that both have, with its interval; None without any."""
-    shared = [pair for pair in mine if pair in theirs]
-    if not shared:
-        return None
-    groups = [pair[:2] for pair in shared]
-    found = of_ratio([mine[p] for p in shared], [theirs[p] for p in shared], groups, label)
-    return replace(found, n=len(shared))
+class _Totals(NamedTuple):
+    """TPOTs of the generations that the controller and a static variant both have, pair by pair."""
 
+    pairs: list[Pair]
+    mine: list[float]
+    theirs: list[float]
 
-def _shared_mean(of: Mapping[Pair, float], also_in: Mapping[Pair, float]) -> float:
-    shared = [ms for pair, ms in of.items() if pair in also_in]
-    return sum(shared) / len(shared)
+    @classmethod
+    def of(cls, mine: Mapping[Pair, float], theirs: Mapping[Pair, float]) -> _Totals:
+        shared = [pair for pair in mine if pair in theirs]
+        return cls(shared, [mine[p] for p in shared], [theirs[p] for p in shared])
+
+    @property
+    def ratio(self) -> float:
+        return sum(self.mine) / sum(self.theirs)
+
+    def estimate(self, label: str) -> Estimate:
+        """The ratio with its interval."""
+        found = of_ratio(self.mine, self.theirs, [pair[:2] for pair in self.pairs], label)
+        return replace(found, n=len(self.pairs))
 
 
 def regrets_of(tpots: Tpots) -> list[Regret]:
@@ -75,19 +83,29 @@ def regrets_of(tpots: Tpots) -> list[Regret]:
         if variant.mode != ADAPTIVE:
             continue
         rivals = {
-            other: (theirs, ratio)
+            other: totals
             for (other, where, at), theirs in tpots.items()
             if (where, at) == (condition, rtt_ms)
             and _had_by(variant, other)
-            and (ratio := _total_ratio(mine, theirs, f"regret {key} {other}"))
+            and (totals := _Totals.of(mine, theirs)).pairs
         }
         if not rivals:
             continue
-        best = max(sorted(rivals, key=lambda v: v.order), key=lambda v: rivals[v][1].value)
-        theirs, ratio = rivals[best]
-        alone = next((against for other, (_, against) in rivals.items() if other.mode == "cloud-ar"), None)
-        mean_ms, best_ms = _shared_mean(mine, theirs), _shared_mean(theirs, mine)
-        found.append(Regret(variant, condition, rtt_ms, mean_ms, best, best_ms, ratio, alone))
+        best = max(sorted(rivals, key=lambda v: v.order), key=lambda v: rivals[v].ratio)
+        against = rivals[best]
+        alone = next((totals for other, totals in rivals.items() if other.mode == "cloud-ar"), None)
+        found.append(
+            Regret(
+                variant,
+                condition,
+                rtt_ms,
+                fmean(against.mine),
+                best,
+                fmean(against.theirs),
+                against.estimate(f"regret {key}"),
+                None if alone is None else alone.estimate(f"alone {key}"),
+            )
+        )
     return sorted(found, key=lambda r: (r.condition.order, r.variant.order, r.rtt_ms))
 
 
