@@ -132,10 +132,10 @@ def test_compiled_kernels_agree_with_torch(monkeypatch: pytest.MonkeyPatch) -> N
     lens = torch.tensor([1, 7, 40, 13, 2], dtype=torch.int32)
     logits = (torch.randn(6, 1000) * 3).to(torch.bfloat16)
     warm, u = torch.tensor([0.0, 0.7, 1.0, 0.0, 2.0, 0.7]), torch.tensor([0.5, 0.0, 0.3, 0.9, 0.999, 0.6])
-    compiled = kernels.attend(q, k, v, lens), kernels.pick(logits, warm, u)
+    compiled = kernels.attend(q, k, v, lens, 40), kernels.pick(logits, warm, u)
     monkeypatch.setattr(kernels, "_library", lambda: None)
     torch.testing.assert_close(
-        compiled[0], kernels.attend(q, k.float(), v.float(), lens), rtol=1e-4, atol=1e-4
+        compiled[0], kernels.attend(q, k.float(), v.float(), lens, 40), rtol=1e-4, atol=1e-4
     )
     tokens, lse = kernels.pick(logits, warm, u)
     assert compiled[1][0].tolist() == tokens.tolist()
@@ -177,12 +177,17 @@ def test_packed_continuations_do_not_see_each_other() -> None:
     student, every = tiny_student(), examples()
     packs = pack_all(every, most=3, prompt_weight=0.25)
     assert [len(p.ids) for p in packs] == [5 + 2 + 3 + 4, 5 + 5, 3 + 6 + 7 + 8]
-    ids, positions, bias, index, weight, _, states = collate(packs)
-    got = student.body(ids, positions, bias.float()).flatten(0, 1)[index]
+    batch = collate(packs)
+    assert batch.mask is not None
+    got = student.body(batch.ids, batch.positions, batch.mask.float()).flatten(0, 1)[batch.index]
     want = torch.cat([student.body(e.ids[None, :-1].long())[0, e.start :] for e in every])
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
-    assert torch.equal(states, torch.cat([e.hidden for e in every]))
-    assert (weight == 0.25).sum() == 4 + 2  # prompt positions before the last one
+    assert torch.equal(batch.hidden, torch.cat([e.hidden for e in every]))
+    assert (batch.weight == 0.25).sum() == 4 + 2  # prompt positions before the last one
+    alone = collate(pack_all(every, most=1, prompt_weight=0.25))
+    assert alone.mask is None
+    got = student.body(alone.ids).flatten(0, 1)[alone.index]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("overlap", [0.0, 0.7])

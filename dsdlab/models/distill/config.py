@@ -49,6 +49,8 @@ class ShapeConfig(_Strict):
     head_dim: int = Field(default=64, ge=8)
     rows: int = Field(default=8192, ge=64)  # output vocabulary, also the rows of the input embedding
     export_rows: int = Field(default=0, ge=0)  # keep only this many of them in the file; 0 = all
+    seed: int | None = None  # in place of the training seed
+    overlap_weight: float | None = Field(default=None, ge=0)  # in place of that in [train]
 
     @model_validator(mode="after")
     def _check(self) -> ShapeConfig:
@@ -75,6 +77,8 @@ class TrainConfig(_Strict):
         default=1.0, ge=0, le=1
     )  # from this fraction on, forward through int8 weights
     checkpoint_minutes: float = Field(default=3.0, gt=0)
+    judge_minutes: float = Field(default=6.0, gt=0)  # between points of the learning curve
+    report_minutes: float = Field(default=1 / 3, gt=0)
     seed: int = 1
 
 
@@ -102,6 +106,7 @@ class DistillConfig(_Strict):
     generate: GenerateConfig = GenerateConfig()
     shapes: list[ShapeConfig] = Field(default=[ShapeConfig()], min_length=1)
     train: TrainConfig = TrainConfig()
+    final: TrainConfig | None = None  # the best shape is trained on like this
     evaluate: EvalConfig = EvalConfig()
     output: str = "drafter.safetensors"
 

@@ -16,7 +16,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 # not -ffast-math: a library linked with it flushes denormals to zero in the whole process
@@ -24,6 +23,9 @@ FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
     "-fassociative-math", "-freciprocal-math",
 )  # fmt: skip
+
+
+READ_BLOCK = 64  # positions: what a step reads grows by so many at once, so that few sizes occur
 
 
 @cache
@@ -55,11 +57,11 @@ def _at(tensor: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(tensor.data_ptr())
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, lens: Tensor, longest: int) -> Tensor:
     """One query per sequence against its own keys.
 
-    q: [B, heads, hd]; k, v: [B, kv, capacity, hd] bfloat16; lens: [B] int32, positions held.
-    Returns [B, heads, hd] in q's dtype.
+    q: [B, heads, hd]; k, v: [B, kv, capacity, hd] bfloat16; lens: [B] int32, positions held, at most
+    `longest`. Returns [B, heads, hd] in q's dtype.
     """
     batch, heads, hd = q.shape
     kv, capacity = k.shape[1], k.shape[2]
@@ -74,12 +76,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, lens: Tensor) -> Tensor:
         sizes = [ctypes.c_int64(x) for x in (batch, kv, group, capacity)]
         library.dsdlab_attend(_at(query), _at(k), _at(v), _at(lens), _at(out), _at(scratch), *sizes)
         return out.to(q.dtype)
-    longest = int(lens.max())
-    mask = torch.arange(longest, device=q.device)[None, :] < lens[:, None]  # [B, L]
-    grouped = q.view(batch, kv, group, hd)
-    mask4 = mask[:, None, None, :].expand(batch, 1, group, longest)
-    out = F.scaled_dot_product_attention(grouped, k[:, :, :longest], v[:, :, :longest], attn_mask=mask4)
-    return out.reshape(batch, heads, hd)
+    read = min(-(-longest // READ_BLOCK) * READ_BLOCK, capacity)
+    hidden = torch.arange(read, device=q.device)[None, :] >= lens[:, None]  # [B, read]
+    k, v = (t[:, :, :read].reshape(batch * kv, read, hd) for t in (k, v))
+    scores = torch.bmm((q / math.sqrt(hd)).view(batch * kv, group, hd), k.transpose(1, 2))
+    scores = scores.view(batch, heads, read).float().masked_fill_(hidden[:, None], -math.inf)
+    weights = scores.softmax(-1).to(v.dtype).view(batch * kv, group, read)
+    return torch.bmm(weights, v).view(batch, heads, hd)
 
 
 def pick(logits: Tensor, temperature: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

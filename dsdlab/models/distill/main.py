@@ -6,13 +6,14 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dsdlab.models.distill.config import DistillConfig, ShapeConfig, load_config
+from dsdlab.models.distill.config import DistillConfig, ShapeConfig, TrainConfig, load_config
 from dsdlab.models.distill.evaluate import draft_ms, judge, predict_tpot, summary
 from dsdlab.models.distill.prompts import (
     Prompt,
@@ -72,12 +73,16 @@ def run(
     counts = token_counts(data, teacher.vocab)
 
     validation = [e for path in sorted(data.glob("validation-*.pt")) for e in load_shard(path)]
-    candidates = [
-        distil_shape(config, shape, teacher, tokenizer, data, counts, validation, out_dir, say)
-        for shape in config.shapes
-    ]
-    best = min(candidates, key=lambda c: sum(c["tpot_ms"].values()) / len(c["tpot_ms"]))
+    pool = Pool(data, "train", config.train.seed, device=device)
+    bench = Bench(config, teacher, tokenizer, counts, validation, out_dir, say, pool)
+    candidates = [bench.distil(shape, config.train) for shape in config.shapes]
+    best = min(candidates, key=cost_ms)
     say(f"best by predicted time per token: {best['shape']}")
+    if config.final is not None:
+        shape = next(s for s in config.shapes if s.name == best["shape"])
+        longer = shape.model_copy(update={"name": f"{shape.name}-longer"})
+        candidates.append(bench.distil(longer, config.final, out_dir / f"{shape.name}.checkpoint.pt"))
+        best = min(candidates, key=cost_ms)
     chosen = Path(out_dir / config.output)
     chosen.write_bytes((out_dir / best["file"]).read_bytes())
     test = [e for path in sorted(data.glob("test-*.pt")) for e in load_shard(path)]
@@ -209,82 +214,111 @@ def token_counts(data: Path, vocab: int) -> Tensor:
     return total * 1e6
 
 
-def distil_shape(
-    config: DistillConfig,
-    shape: ShapeConfig,
-    teacher: Teacher,
-    tokenizer: Tokenizer,
-    data: Path,
-    counts: Tensor,
-    validation: Sequence[Example],
-    out_dir: Path,
-    say: Say,
-) -> dict[str, Any]:
-    """Train, export and judge one shape; a finished one is read back from its result file."""
-    done = out_dir / f"{shape.name}.json"
-    if done.exists():
-        result: dict[str, Any] = json.loads(done.read_text())
-        say(f"{shape.name}: already trained")
-        return result
-    device = str(teacher.device)
-    head_ids = rank_rows(counts, shape.rows, range(SPECIAL_IDS))
-    pool = Pool(data, "train", config.train.seed)
-    pool.refresh()
-    texts = [p.ids[:SAMPLE_TOKENS] for p in pool.packs if len(p.ids) >= SAMPLE_TOKENS][:24]
-    shortest = min((len(p.ids) for p in pool.packs), default=1)
-    sample = torch.stack(texts or [p.ids[:shortest] for p in pool.packs[:24]])
-    student = build(shape, teacher, head_ids, map_inputs(teacher.embed.cpu(), head_ids), sample, config.seed)
-    greedy = [e for e in validation if e.temperature == 0]
+def cost_ms(candidate: dict[str, Any]) -> float:
+    """Predicted time per token, mean over the RTTs asked for."""
+    return float(sum(candidate["tpot_ms"].values()) / len(candidate["tpot_ms"]))
 
-    def look(model: Student) -> dict[str, Any]:
-        found = summary(judge(model, teacher.head, greedy, device=device), config.evaluate.gamma)
+
+@dataclass
+class Bench:
+    """Where shapes are trained one after the other, on the same text and judged by the same answers."""
+
+    config: DistillConfig
+    teacher: Teacher
+    tokenizer: Tokenizer
+    counts: Tensor
+    validation: Sequence[Example]
+    out_dir: Path
+    say: Say
+    pool: Pool
+
+    def distil(self, shape: ShapeConfig, training: TrainConfig, start: Path | None = None) -> dict[str, Any]:
+        """Train, export and judge one shape; a finished one is read back from its result file.
+
+        training: but for what the shape itself asks for. start: a checkpoint of the same shape whose weights
+        to begin with.
+        """
+        own = {"seed": shape.seed, "overlap_weight": shape.overlap_weight}
+        training = training.model_copy(update={k: v for k, v in own.items() if v is not None})
+        done = self.out_dir / f"{shape.name}.json"
+        if done.exists():
+            result: dict[str, Any] = json.loads(done.read_text())
+            self.say(f"{shape.name}: already trained")
+            return result
+        device = str(self.teacher.device)
+        student = self._begin(shape, training.seed)
+        if start is not None:
+            student.load_state_dict(torch.load(start, weights_only=True, map_location="cpu")["student"])
+        progress = train(
+            student, self.teacher.head[student.head_ids.to(device).long()], self.pool, training,
+            checkpoint=self.out_dir / f"{shape.name}.checkpoint.pt", resume=True, say=self.say,
+            judge=self._look, device=device,
+        )  # fmt: skip
+        student.cpu()
+        if shape.export_rows:
+            student = trim(student, shape.export_rows, self.counts, self.teacher.embed)
+        recipe = {
+            "shape": shape.name,
+            "init": shape.init,
+            "target_layers": shape.layers,
+            "positions": progress.positions,
+            "training_seconds": round(progress.seconds),
+            "seed": training.seed,
+            "on_policy_positions": self.pool.positions,
+        }
+        result = self._judge(shape, student, recipe) | {"curve": progress.curve, "recipe": recipe}
+        done.write_text(json.dumps(result, indent=1))
+        self.say(
+            f"{shape.name}: {result['bytes']:,} bytes, {result['t_draft_ms']:.2f} ms a token, "
+            f"predicted ms per token {result['tpot_ms']}"
+        )
+        return result
+
+    def _begin(self, shape: ShapeConfig, seed: int) -> Student:
+        """The untrained student; the pool starts again."""
+        pool, teacher = self.pool, self.teacher
+        pool.refresh()
+        pool.restart(seed)
+        texts = [p.ids[:SAMPLE_TOKENS] for p in pool.packs if len(p.ids) >= SAMPLE_TOKENS][:24]
+        shortest = min((len(p.ids) for p in pool.packs), default=1)
+        sample = torch.stack(texts or [p.ids[:shortest] for p in pool.packs[:24]])
+        head_ids = rank_rows(self.counts, shape.rows, range(SPECIAL_IDS))
+        return build(shape, teacher, head_ids, map_inputs(teacher.embed, head_ids), sample, seed)
+
+    def _look(self, model: Student) -> dict[str, Any]:
+        """A point of the learning curve."""
+        greedy = [e for e in self.validation if e.temperature == 0]
+        judged = judge(model, self.teacher.head, greedy, device=str(self.teacher.device))
+        found = summary(judged, self.config.evaluate.gamma)
         return {
             "alpha": round(found["alpha"], 4),
             "lookup_first": round(found["alpha_lookup_first"], 4),
             "tasks": {task: round(v["alpha"], 4) for task, v in found["tasks"].items()},
         }
 
-    progress = train(
-        student, teacher.head[head_ids.to(teacher.device).long()], pool, config.train,
-        checkpoint=out_dir / f"{shape.name}.checkpoint.pt", resume=True, say=say, judge=look, device=device,
-    )  # fmt: skip
-    student.cpu()
-    if shape.export_rows:
-        student = trim(student, shape.export_rows, counts, teacher.embed.cpu())
-    file = out_dir / f"{shape.name}.safetensors"
-    recipe = {
-        "shape": shape.name,
-        "init": shape.init,
-        "target_layers": shape.layers,
-        "positions": progress.positions,
-        "training_seconds": round(progress.seconds),
-        "seed": config.train.seed,
-        "on_policy_positions": pool.positions,
-    }
-    size = export(
-        student, file, vocab=teacher.vocab, base=config.base, tokenizer=tokenizer.fingerprint, recipe=recipe
-    )
-    exported, _ = load_exported(file)
-    judged = judge(exported, teacher.head, greedy, device=device)
-    t_draft_ms = draft_ms(exported.cpu())
-    cost = config.evaluate
-    tpot = {
-        f"{rtt_ms:g}": predict_tpot(
-            judged, t_draft_ms, rtt_ms=rtt_ms, t_verify_ms=cost.t_verify_ms, slope=cost.verify_slope
-        )[0]
-        for rtt_ms in cost.rtts_ms
-    }
-    result = {
-        "shape": shape.name,
-        "file": file.name,
-        "bytes": size,
-        "parameters": sum(p.numel() for p in student.parameters()),
-        "t_draft_ms": t_draft_ms,
-        "tpot_ms": tpot,
-        "validation": summary(judged, cost.gamma),
-        "curve": progress.curve,
-        "recipe": recipe,
-    }
-    done.write_text(json.dumps(result, indent=1))
-    say(f"{shape.name}: {size:,} bytes, {t_draft_ms:.2f} ms a token, predicted ms per token {tpot}")
-    return result
+    def _judge(self, shape: ShapeConfig, student: Student, recipe: dict[str, Any]) -> dict[str, Any]:
+        """Export a student, and judge and time what was exported."""
+        file, cost = self.out_dir / f"{shape.name}.safetensors", self.config.evaluate
+        size = export(
+            student, file, vocab=self.teacher.vocab, base=self.config.base,
+            tokenizer=self.tokenizer.fingerprint, recipe=recipe,
+        )  # fmt: skip
+        exported, _ = load_exported(file)
+        greedy = [e for e in self.validation if e.temperature == 0]
+        judged = judge(exported, self.teacher.head, greedy, device=str(self.teacher.device))
+        t_draft_ms = draft_ms(exported.cpu())
+        tpot = {
+            f"{rtt_ms:g}": predict_tpot(
+                judged, t_draft_ms, rtt_ms=rtt_ms, t_verify_ms=cost.t_verify_ms, slope=cost.verify_slope
+            )[0]
+            for rtt_ms in cost.rtts_ms
+        }
+        return {
+            "shape": shape.name,
+            "file": file.name,
+            "bytes": size,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "t_draft_ms": t_draft_ms,
+            "tpot_ms": tpot,
+            "validation": summary(judged, cost.gamma),
+        }

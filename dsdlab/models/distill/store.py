@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,10 @@ def save_shard(path: Path, examples: Sequence[Example]) -> None:
     part.replace(path)
 
 
-def load_shard(path: Path) -> list[Example]:
-    """Read one shard."""
-    data: dict[str, Any] = torch.load(path, weights_only=True)
+def load_shard(path: Path, device: str = "cpu") -> list[Example]:
+    """Read one shard, hidden states onto `device`; on a CPU they stay in the file until they are used."""
+    data: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+    states: Tensor = data["hidden"].to(device)
     out = []
     at = row = 0
     for i, length in enumerate(data["lens"]):
@@ -58,7 +60,7 @@ def load_shard(path: Path) -> list[Example]:
         out.append(
             Example(
                 data["task"][i], data["ids"][at : at + length], data["prompt_len"][i], data["start"][i],
-                data["temperature"][i], data["hidden"][row : row + rows], data["lse"][row : row + rows],
+                data["temperature"][i], states[row : row + rows], data["lse"][row : row + rows],
             )
         )  # fmt: skip
         at += length
@@ -113,6 +115,8 @@ def generate_shards(
     began = time.monotonic()
     total = 0
     batches = plan(prompts, config, seed)
+    saver = ThreadPoolExecutor(1)  # writes one shard while the next is generated
+    saving: Future[None] | None = None
     for number, batch in enumerate(batches):
         path = folder / f"{prefix}-{number:05d}.pt"
         if path.exists():
@@ -136,18 +140,21 @@ def generate_shards(
             stop_ids=stop_ids,
             generator=torch.Generator().manual_seed(seed * 1_000_003 + number),
         )
-        save_shard(
-            path,
-            [
-                Example(p.task, torch.tensor(g.ids, dtype=torch.int32), g.prompt_len, g.start,
-                        g.temperature, g.hidden, g.lse)
-                for p, g in zip(flat, done, strict=True)
-            ],
-        )  # fmt: skip
+        examples = [
+            Example(p.task, torch.tensor(g.ids, dtype=torch.int32), g.prompt_len, g.start,
+                    g.temperature, g.hidden, g.lse)
+            for p, g in zip(flat, done, strict=True)
+        ]  # fmt: skip
+        if saving is not None:
+            saving.result()
+        saving = saver.submit(save_shard, path, examples)
         fresh = sum(len(g.ids) - g.prompt_len for g in done)
         total += fresh
         rate = fresh / (time.monotonic() - t0)
         say(f"generate {prefix}: shard {number + 1}/{len(batches)}, {total:,} tokens, {rate:.0f} tokens/s")
+    if saving is not None:
+        saving.result()
+    saver.shutdown()
     return total
 
 

@@ -141,8 +141,8 @@ def rank_rows(counts: Tensor, rows: int, must: Sequence[int]) -> Tensor:
 def map_inputs(embed: Tensor, head_ids: Tensor) -> Tensor:
     """Row of every input id: its own where kept, else its nearest kept neighbour by cosine. [vocab] int32."""
     unit = F.normalize(embed.float(), dim=1)
-    kept = unit[head_ids.long()]
-    out = torch.cat([(part @ kept.t()).argmax(1) for part in unit.split(4096)]).to(torch.int32)
+    kept = unit[head_ids.to(embed.device).long()]
+    out = torch.cat([(part @ kept.t()).argmax(1) for part in unit.split(4096)]).to("cpu", torch.int32)
     out[head_ids.long()] = torch.arange(len(head_ids), dtype=torch.int32)
     return out
 

@@ -16,6 +16,11 @@ from torch import Tensor
 from dsdlab.models.distill.kernels import attend, pick
 from dsdlab.models.weights_io import LlamaWeights, Matrix
 
+PREFILL_TOKENS, PREFILL_TOKENS_DEVICE = 2048, 65_536  # padded prompt tokens a forward, CPU and elsewhere
+LSE_ROWS = 4096  # rows of full logits at a time
+ALIGN = 64  # the store's positions are a multiple of this, and so is what a step reads of it
+CHECK_EVERY = 8  # steps between two looks, off the CPU, at which sequences have ended
+
 
 @dataclass
 class Layer:
@@ -114,8 +119,8 @@ class Teacher:
             x = self._mlp(layer, x)
         return F.rms_norm(x, (self.d,), self.norm, self.eps)
 
-    def step(self, ids: Tensor, store: Tensor, lens: Tensor) -> Tensor:
-        """Append one token to each sequence: ids [B], lens [B] int32 before the token. Hidden [B, d]."""
+    def step(self, ids: Tensor, store: Tensor, lens: Tensor, longest: int) -> Tensor:
+        """Append one token to each sequence. ids [B]; lens [B] int32 before the token, < longest: [B, d]."""
         cos, sin = rotary(lens, self.hd, self.theta, self.dtype)
         cos, sin = cos[:, None], sin[:, None]
         every = torch.arange(len(ids), device=self.device)
@@ -126,7 +131,7 @@ class Teacher:
             q, k, v = self.split(F.rms_norm(x, (self.d,), layer.attn_norm, self.eps), layer.qkv)
             store[i, 0][every, :, where] = rotate(k, cos, sin)
             store[i, 1][every, :, where] = v
-            mixed = attend(rotate(q, cos, sin), store[i, 0], store[i, 1], held)
+            mixed = attend(rotate(q, cos, sin), store[i, 0], store[i, 1], held, longest)
             x = x + F.linear(mixed.flatten(1), layer.o)
             x = self._mlp(layer, x)
         return F.rms_norm(x, (self.d,), self.norm, self.eps)
@@ -134,6 +139,11 @@ class Teacher:
     def logits(self, hidden: Tensor) -> Tensor:
         """[*, d] to [*, vocab]."""
         return F.linear(hidden, self.head)
+
+    def logsumexp(self, hidden: Tensor) -> Tensor:
+        """Of the full logits: [N, d] to [N] float32, in pieces that fit in memory."""
+        parts = [self.logits(part).float().logsumexp(-1) for part in hidden.split(LSE_ROWS)]
+        return torch.cat(parts) if parts else torch.zeros(0, device=hidden.device)
 
     @torch.no_grad()
     def generate(
@@ -145,89 +155,115 @@ class Teacher:
         max_new: int,
         stop_ids: Sequence[int],
         generator: torch.Generator,
-        prefill_tokens: int = 2048,
     ) -> list[Generation]:
         """Generate one continuation per prompt; keep hidden states from each prompt's start position.
 
-        starts[i] <= len(prompts[i]) - 1. Sequences end at a stop id (kept) or after max_new tokens.
+        starts[i] <= len(prompts[i]) - 1; of equal prompts only the first keeps states before its last token.
+        Sequences end at a stop id (kept) or after max_new tokens. generator: of the CPU.
         """
-        count = len(prompts)
-        first: dict[tuple[int, ...], int] = {}
-        twins: dict[int, list[int]] = {}
-        starts = list(starts)
-        for i, prompt in enumerate(prompts):
-            owner = first.setdefault(tuple(prompt), i)
-            twins.setdefault(owner, [])
-            if owner != i:
-                twins[owner].append(i)
-                starts[i] = len(prompt) - 1
-        order = sorted(twins, key=lambda i: len(prompts[i]))
-        capacity = max(len(p) for p in prompts) + max_new
+        count, on_cpu = len(prompts), self.device.type == "cpu"
+        capacity = -(-(max(len(p) for p in prompts) + max_new) // ALIGN) * ALIGN
         shape = (len(self.layers), 2, count, self.kv, capacity, self.hd)
         store = torch.zeros(shape, dtype=self.dtype, device=self.device)
-        kept: list[list[Tensor]] = [[] for _ in range(count)]
-        kept_lse: list[list[Tensor]] = [[] for _ in range(count)]
-        last = torch.empty(count, self.d, dtype=self.dtype, device=self.device)
+        starts, last, cold = self._read(prompts, list(starts), store)
+        uniform = torch.rand(max_new, count, generator=generator).to(self.device)
+        lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=self.device)
+        warm = torch.tensor(list(temperatures), dtype=torch.float32, device=self.device)
+        stops = torch.tensor(list(stop_ids), dtype=torch.long, device=self.device)
+        written = torch.full((count, max_new), -1, dtype=torch.long, device=self.device)
+        states = torch.empty(count, max_new, self.d, dtype=self.dtype, device=self.device)
+        lse = torch.empty(count, max_new, device=self.device)
+        alive = torch.arange(count, device=self.device)
+        stopped = torch.zeros(count, dtype=torch.bool, device=self.device)
+        longest = max(len(p) for p in prompts)
+        hidden = last
+        for n in range(max_new):
+            tokens, total = pick(self.logits(hidden), warm, uniform[n, alive])
+            written[alive, n], states[alive, n], lse[alive, n] = tokens, hidden, total
+            if n + 1 == max_new:
+                break
+            stopped = stopped | torch.isin(tokens, stops)
+            if on_cpu or n % CHECK_EVERY == CHECK_EVERY - 1:  # elsewhere, asking waits for the device
+                going = (~stopped).nonzero().squeeze(1)
+                if not len(going):
+                    break
+                if len(going) < (1.0 if on_cpu else 0.8) * len(alive):
+                    self._compact(store, going, lens)
+                    tokens, lens, warm, alive = tokens[going], lens[going], warm[going], alive[going]
+                    stopped = torch.zeros(len(alive), dtype=torch.bool, device=self.device)
+            longest += 1
+            hidden = self.step(tokens, store[:, :, : len(alive)], lens, longest)
+            lens = lens + 1
+        ends = torch.isin(written, stops) | (written < 0)
+        first_end = torch.where(ends.any(1), ends.int().argmax(1) + 1, max_new).tolist()
+        written, states, lse = written.cpu(), states.cpu(), lse.cpu()
+        out = []
+        for i, prompt in enumerate(prompts):
+            n = first_end[i]
+            before, before_lse = cold.get(i, (states[i, :0], lse[i, :0]))
+            out.append(
+                Generation(
+                    [*prompt, *written[i, :n].tolist()], len(prompt), starts[i],
+                    torch.cat([before, states[i, :n]]), torch.cat([before_lse, lse[i, :n]]),
+                    float(temperatures[i]),
+                )
+            )  # fmt: skip
+        return out
+
+    def _compact(self, store: Tensor, going: Tensor, lens: Tensor) -> None:
+        """Move the rows that go on to the front of the store, in order."""
+        if self.device.type != "cpu":
+            for layer in store:
+                layer[:, : len(going)] = layer[:, going]
+            return
+        for r, old in enumerate(going.tolist()):  # `going` is increasing, so old >= r
+            if r != old:
+                used = int(lens[old])
+                store[:, :, r, :, :used] = store[:, :, old, :, :used]
+
+    def _read(
+        self, prompts: Sequence[Sequence[int]], starts: list[int], store: Tensor
+    ) -> tuple[list[int], Tensor, dict[int, tuple[Tensor, Tensor]]]:
+        """Forward every different prompt once into the store.
+
+        Returns the starts, those of later equal prompts moved to the prompt's end; the state after each
+        prompt [count, d]; and by prompt the states and logsumexps from its start to before its last token.
+        """
+        owner: dict[tuple[int, ...], int] = {}
+        twins: dict[int, list[int]] = {}
+        for i, prompt in enumerate(prompts):
+            mine = owner.setdefault(tuple(prompt), i)
+            twins.setdefault(mine, []).append(i)
+            if mine != i:
+                starts[i] = len(prompt) - 1
+        order = sorted(twins, key=lambda i: len(prompts[i]))
+        last = torch.empty(len(prompts), self.d, dtype=self.dtype, device=self.device)
+        cold: dict[int, tuple[Tensor, Tensor]] = {}
+        most = PREFILL_TOKENS if self.device.type == "cpu" else PREFILL_TOKENS_DEVICE
         at = 0
         while at < len(order):  # prompts of about equal length together
             take = 1
-            while at + take < len(order) and len(prompts[order[at + take]]) * (take + 1) <= prefill_tokens:
+            while at + take < len(order) and len(prompts[order[at + take]]) * (take + 1) <= most:
                 take += 1
             chosen = order[at : at + take]
             at += take
-            longest = len(prompts[chosen[-1]])
-            ids = torch.zeros(take, longest, dtype=torch.long)
+            lengths = [len(prompts[i]) for i in chosen]
+            ids = torch.zeros(take, lengths[-1], dtype=torch.long)
             for r, i in enumerate(chosen):
-                ids[r, : len(prompts[i])] = torch.tensor(prompts[i])
+                ids[r, : lengths[r]] = torch.tensor(prompts[i])
             hidden = self.prefill(ids.to(self.device), store, torch.tensor(chosen, device=self.device))
             for r, i in enumerate(chosen):
-                for twin in twins[i]:  # further continuations of the same prompt share its prefill
-                    store[:, :, twin, :, : len(prompts[i])] = store[:, :, i, :, : len(prompts[i])]
-                    last[twin] = hidden[r, len(prompts[i]) - 1]
-                end = len(prompts[i])
-                last[i] = hidden[r, end - 1]
-                if starts[i] < end - 1:
-                    part = hidden[r, starts[i] : end - 1].clone()
-                    kept[i].append(part.cpu())
-                    cold = torch.zeros(len(part), device=self.device)
-                    kept_lse[i].append(pick(self.logits(part), cold, cold)[1].cpu())
-        answers: list[list[int]] = [list(p) for p in prompts]
-        stops = set(stop_ids)
-        alive = list(range(count))
-        lens = torch.tensor([len(p) for p in prompts], dtype=torch.int32, device=self.device)
-        warm = torch.tensor(list(temperatures), dtype=torch.float32, device=self.device)
-        hidden = last
-        trace: list[tuple[list[int], Tensor, Tensor]] = []
-        for n in range(max_new):
-            u = torch.rand(len(alive), generator=generator).to(self.device)
-            tokens, lse = pick(self.logits(hidden), warm, u)
-            trace.append((alive, hidden.cpu(), lse.cpu()))
-            row_tokens = tokens.tolist()
-            for i, token in zip(alive, row_tokens, strict=True):
-                answers[i].append(token)
-            if n + 1 == max_new:
-                break
-            going = [r for r, token in enumerate(row_tokens) if token not in stops]
-            if not going:
-                break
-            if len(going) < len(alive):
-                index = torch.tensor(going, device=self.device)
-                tokens, lens, warm = tokens[index], lens[index], warm[index]
-                for r, old in enumerate(going):  # compact in place: going is increasing, so old >= r
-                    if r != old:
-                        used = int(lens[r])
-                        store[:, :, r, :, :used] = store[:, :, old, :, :used]
-                alive = [alive[r] for r in going]
-            hidden = self.step(tokens, store[:, :, : len(alive)], lens)
-            lens = lens + 1
-        for rows, states, lse in trace:
-            for r, i in enumerate(rows):
-                kept[i].append(states[r : r + 1])
-                kept_lse[i].append(lse[r : r + 1])
-        return [
-            Generation(
-                answers[i], len(prompts[i]), starts[i],
-                torch.cat(kept[i]), torch.cat(kept_lse[i]), float(temperatures[i]),
-            )
-            for i in range(count)
-        ]  # fmt: skip
+                for twin in twins[i][1:]:  # further continuations of the same prompt share its prefill
+                    store[:, :, twin, :, : lengths[r]] = store[:, :, i, :, : lengths[r]]
+            rows = [(r, twin) for r, i in enumerate(chosen) for twin in twins[i]]
+            source = torch.tensor([r for r, _ in rows], device=self.device)
+            ends = torch.tensor([lengths[r] - 1 for r, _ in rows], device=self.device)
+            last[torch.tensor([twin for _, twin in rows], device=self.device)] = hidden[source, ends]
+            wanted = [(r, i) for r, i in enumerate(chosen) if starts[i] < lengths[r] - 1]
+            if wanted:
+                parts = [hidden[r, starts[i] : lengths[r] - 1] for r, i in wanted]
+                sizes = [len(part) for part in parts]
+                flat = torch.cat(parts)
+                pieces = zip(flat.cpu().split(sizes), self.logsumexp(flat).cpu().split(sizes), strict=True)
+                cold.update({i: piece for (_, i), piece in zip(wanted, pieces, strict=True)})
+        return starts, last, cold

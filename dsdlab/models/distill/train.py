@@ -9,16 +9,20 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from dsdlab.models.distill.config import TrainConfig
 from dsdlab.models.distill.store import Example, load_shard
 from dsdlab.models.distill.student import Student, through_int8
+
+LOSS_ROWS, LOSS_ROWS_DEVICE = 192, 8192  # judged positions whose logits exist at once, CPU and elsewhere
 
 
 @dataclass
@@ -26,7 +30,7 @@ class Pack:
     """A prompt with several of its continuations, forwarded once; continuations do not see each other.
 
     ids, positions, segment: [n]; segment 0 is the prompt. index: [P] where the judged states lie in `ids`;
-    weight, lse: [P]; hidden: [P, d].
+    weight, lse: [P]; hidden: [P, d]. answers: how many.
     """
 
     ids: Tensor
@@ -36,6 +40,7 @@ class Pack:
     weight: Tensor
     lse: Tensor
     hidden: Tensor
+    answers: int
 
 
 def pack(twins: Sequence[Example], prompt_weight: float) -> Pack:
@@ -53,9 +58,10 @@ def pack(twins: Sequence[Example], prompt_weight: float) -> Pack:
         index += [torch.arange(e.start, prompt), inside + offset]
         weight += [torch.full((prompt - 1 - e.start,), prompt_weight), torch.ones(len(answer) + 1)]
         offset += len(answer)
+    hidden = twins[0].hidden if len(twins) == 1 else torch.cat([e.hidden for e in twins])
     return Pack(
         torch.cat(ids).long(), torch.cat(positions), torch.cat(segment), torch.cat(index), torch.cat(weight),
-        torch.cat([e.lse for e in twins]), torch.cat([e.hidden for e in twins]),
+        torch.cat([e.lse for e in twins]), hidden, len(twins),
     )  # fmt: skip
 
 
@@ -80,10 +86,11 @@ class Pool:
     """Training packs from a folder of shards that may still be filling up."""
 
     def __init__(
-        self, folder: Path, prefix: str, seed: int, *, most: int = 3, prompt_weight: float = 0.3
+        self, folder: Path, prefix: str, seed: int, *, device: str = "cpu", prompt_weight: float = 0.3
     ) -> None:
+        """device: where the target's states are kept. On a CPU a prompt's continuations share its forward."""
         self.folder, self.prefix, self.rng = folder, prefix, random.Random(seed)
-        self.most, self.prompt_weight = most, prompt_weight
+        self.most, self.prompt_weight, self.device = 3 if device == "cpu" else 1, prompt_weight, device
         self.seen: set[str] = set()
         self.packs: list[Pack] = []
         self.positions = 0
@@ -96,13 +103,18 @@ class Pool:
             if path.name in self.seen:
                 continue
             self.seen.add(path.name)
-            for item in pack_all(load_shard(path), self.most, self.prompt_weight):
+            for item in pack_all(load_shard(path, self.device), self.most, self.prompt_weight):
                 fresh.append(len(self.packs))
                 self.packs.append(item)
                 self.positions += len(item.index)
         self.queue += fresh
         self.rng.shuffle(self.queue)
         return len(fresh)
+
+    def restart(self, seed: int) -> None:
+        """Draw from the beginning again, in another order."""
+        self.rng.seed(seed)
+        self.queue = []
 
     def take(self, positions: int) -> list[Pack]:
         """Packs with at least this many judged positions; every pack once before any comes again."""
@@ -136,27 +148,77 @@ def micro_batches(items: Sequence[S], tokens: int) -> Iterator[list[S]]:
         yield group
 
 
-def collate(group: Sequence[Pack]) -> tuple[Tensor, ...]:
-    """Pad packs into one batch.
+@dataclass
+class Batch:
+    """Packs side by side, padded.
 
-    Returns ids, positions [B, L]; score bias [B, 1, L, L]; flat indices, weight, lse of judged states [P];
-    the target's hidden states there [P, d].
+    ids: [B, L]; positions [B, L] and score bias [B, 1, L, L], None where every pack is plain causal text;
+    index (into B · L), weight, lse of judged states: [P]; hidden: the target's states there [P, d].
     """
-    longest = max(len(e.ids) for e in group)
-    ids = torch.zeros(len(group), longest, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    segment = torch.full((len(group), longest), -1.0)
-    index = []
-    for r, e in enumerate(group):
-        size = len(e.ids)
-        ids[r, :size], positions[r, :size], segment[r, :size] = e.ids, e.positions, e.segment
-        index.append(e.index + r * longest)
+
+    ids: Tensor
+    positions: Tensor | None
+    mask: Tensor | None
+    index: Tensor
+    weight: Tensor
+    lse: Tensor
+    hidden: Tensor
+
+    def to(self, device: str) -> Batch:
+        """The same on a device."""
+        moved: dict[str, Any] = {n: t if t is None else t.to(device) for n, t in vars(self).items()}
+        return Batch(**moved)
+
+
+def collate(group: Sequence[Pack]) -> Batch:
+    """Pad packs into one batch."""
+    ids = pad_sequence([e.ids for e in group], batch_first=True)
+    longest = ids.shape[1]
+    index = torch.cat([e.index + r * longest for r, e in enumerate(group)])
+    weight, lse = torch.cat([e.weight for e in group]), torch.cat([e.lse for e in group])
+    hidden = torch.cat([e.hidden for e in group])
+    if all(e.answers == 1 for e in group):
+        return Batch(ids, None, None, index, weight, lse, hidden)
+    positions = pad_sequence([e.positions for e in group], batch_first=True)
+    segment = pad_sequence([e.segment for e in group], batch_first=True, padding_value=-1.0)
     own = (segment[:, :, None] == segment[:, None, :]) | (segment[:, None, :] == 0)
     seen = own & torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.where(seen, 0.0, -1e9).to(torch.bfloat16)[:, None]
-    states = torch.cat([e.hidden for e in group])
-    flat = (torch.cat([e.weight for e in group]), torch.cat([e.lse for e in group]))
-    return ids, positions, mask, torch.cat(index), *flat, states
+    return Batch(ids, positions, mask, index, weight, lse, hidden)
+
+
+def divergence(
+    rows: Tensor, target: Tensor, lse: Tensor, weight: Tensor, overlap: Tensor, with_overlap: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of a student's logits from a target's, both [P, rows]; lse, weight [P]; overlap a scalar.
+
+    Returns the weighted loss; sums over answer positions (weight 1) of KL, equal argmax and positions [3];
+    and the weighted loss's gradient by the student's logits [P, rows].
+    """
+    rows, target = rows.float(), target.float()
+    answer = (weight == 1).float()
+    same = (rows.argmax(-1) == target.argmax(-1)).float()
+    log_q = rows.log_softmax(-1)
+    log_p = target - lse[:, None]
+    p, q = log_p.exp(), log_q.exp()
+    kl = (p * (log_p - log_q)).sum(-1)
+    grad = q * p.sum(-1, keepdim=True) - p
+    here = kl
+    if with_overlap:
+        under = (q < p).to(q.dtype)  # d sum min(p, q) / d q
+        here = kl + overlap * (1 - torch.minimum(p, q).sum(-1))
+        grad = grad - overlap * q * (under - (under * q).sum(-1, keepdim=True))
+    sums = torch.stack([(kl * answer).sum(), (same * answer).sum(), answer.sum()])
+    return (here * weight).sum(), sums, grad * weight[:, None]
+
+
+@cache
+def _divergence(device_type: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """Fused where there is a compiler for the device: it reads the logits a few times, not thirty."""
+    if device_type != "cuda":
+        return divergence
+    torch._dynamo.config.suppress_errors = True  # without a compiler: as it stands
+    return cast(Callable[..., tuple[Tensor, Tensor, Tensor]], torch.compile(divergence, dynamic=True))
 
 
 class HeadLoss(torch.autograd.Function):
@@ -187,26 +249,14 @@ class HeadLoss(torch.autograd.Function):
         low = table.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         sums = torch.zeros(3, device=hidden.device)
+        share = torch.tensor(overlap, device=hidden.device)
+        judge = _divergence(hidden.device.type)
         for at in range(0, len(hidden), chunk):
             part = slice(at, at + chunk)
-            rows = F.linear(hidden[part], low).float()
-            target = F.linear(states[part], head).float()
-            answer = weight[part] == 1
-            same = (rows.argmax(-1) == target.argmax(-1)) & answer
-            log_q = rows.log_softmax(-1)
-            log_p = target.sub_(lse[part, None])
-            p, q = log_p.exp(), log_q.exp()
-            kl = (p * (log_p - log_q)).sum(-1)
-            grad = q * p.sum(-1, keepdim=True) - p
-            here = kl
-            if overlap:
-                under = (q < p).to(q.dtype)  # d sum min(p, q) / d q
-                shared = torch.minimum(p, q).sum(-1)
-                grad = grad - overlap * q * (under - (under * q).sum(-1, keepdim=True))
-                here = kl + overlap * (1 - shared)
-            loss += (here * weight[part]).sum()
-            sums += torch.stack([kl[answer].sum(), same.sum().float(), answer.sum().float()])
-            step = (grad * weight[part, None]).to(hidden.dtype)
+            rows, target = F.linear(hidden[part], low), F.linear(states[part], head)
+            more, seen, grad = judge(rows, target, lse[part], weight[part], share, overlap > 0)
+            loss, sums = loss + more, sums + seen
+            step = grad.to(hidden.dtype)
             g_hidden[part] = step @ low
             g_table += (step.t() @ hidden[part]).float()
         ctx.save_for_backward(g_hidden, g_table)
@@ -251,7 +301,6 @@ def train(
     resume: bool,
     say: Callable[[str], None],
     judge: Callable[[Student], dict[str, Any]] | None = None,
-    judge_minutes: float = 6.0,
     device: str = "cpu",
 ) -> Progress:
     """Train to the end of the schedule. head_rows: the target's head for the kept rows [rows, d_target].
@@ -286,9 +335,10 @@ def train(
         by_time = now.seconds / (60 * config.minutes) if config.minutes else 0.0
         return max(now.positions / config.positions, by_time)
 
+    chunk = LOSS_ROWS if device == "cpu" else LOSS_ROWS_DEVICE
     began = time.monotonic() - now.seconds
     spoke = saved_at = looked_at = judged_at = time.monotonic()
-    shown = torch.zeros(3)
+    shown = torch.zeros(3, device=device)
     while (at := fraction()) < 1:
         if time.monotonic() - looked_at > 30 or not pool.packs:
             pool.refresh()
@@ -302,19 +352,20 @@ def train(
         overlap = config.overlap_weight * max(0.0, 2 * at - 1)
         examples = pool.take(config.batch_positions)
         judged = sum(len(e.index) for e in examples)
-        total = torch.zeros(3)
+        total = torch.zeros(3, device=device)
         for micro in micro_batches(examples, config.micro_tokens):
-            ids, positions, mask, index, weight, lse, states = (t.to(device) for t in collate(micro))
+            batch = collate(micro).to(device)
             with torch.autocast(device, torch.bfloat16):
-                hidden = student.body(ids, positions, mask, fake).flatten(0, 1)[index]
+                hidden = student.body(batch.ids, batch.positions, batch.mask, fake)
+            hidden = hidden.flatten(0, 1).index_select(0, batch.index)
             kept = student.embed if student.head is None else student.head
             table = through_int8(kept) if fake else kept
-            loss, sums = head_loss(hidden, table, states, head, lse, weight, overlap, 192)
-            total += sums.cpu()
+            loss, sums = head_loss(hidden, table, batch.hidden, head, batch.lse, batch.weight, overlap, chunk)
+            total += sums
             loss = loss / judged
-            if config.hidden_weight and at < 0.5 and hidden.shape[-1] == states.shape[-1]:
-                matched = 1 - torch.cosine_similarity(hidden.float(), states.float(), dim=-1)
-                loss = loss + config.hidden_weight * (1 - 2 * at) * (matched * weight).sum() / judged
+            if config.hidden_weight and at < 0.5 and hidden.shape[-1] == batch.hidden.shape[-1]:
+                matched = 1 - torch.cosine_similarity(hidden.float(), batch.hidden.float(), dim=-1)
+                loss = loss + config.hidden_weight * (1 - 2 * at) * (matched * batch.weight).sum() / judged
             loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimiser.step()
@@ -324,7 +375,7 @@ def train(
         now.seconds = time.monotonic() - began
         shown = total if now.step == 1 else 0.95 * shown + 0.05 * total
         clock = time.monotonic()
-        if clock - spoke > 20 or now.step == 1:
+        if clock - spoke > config.report_minutes * 60 or now.step == 1:
             spoke = clock
             say(
                 f"train {student.shape.name}: {100 * fraction():.1f} %, step {now.step}, "
@@ -336,7 +387,7 @@ def train(
         if clock - saved_at > 60 * config.checkpoint_minutes:
             save()
             saved_at = time.monotonic()
-        if judge is not None and clock - judged_at > 60 * judge_minutes:
+        if judge is not None and clock - judged_at > 60 * config.judge_minutes:
             note(now, judge(student), say)
             judged_at = time.monotonic()
     if judge is not None:
