@@ -58,6 +58,7 @@ def run(
         raise ValueError(f"{out_dir} is not empty; allowed: an empty or new folder, or --resume")
     out_dir.mkdir(parents=True, exist_ok=True)
     keep_memory()
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of text
     torch.set_num_threads(config.threads)
     device = resolve_device(config.device)
     folder = fetch(config.target)
