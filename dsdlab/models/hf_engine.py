@@ -1,4 +1,4 @@
-"""Any causal LM that transformers can load: slower than the torch engine, as exact.
+"""Any causal LM that transformers can load and whose layers attend: slower than the torch engine, as exact.
 
 Every position is computed in the same block of 8 aligned rows over a cache of the same length, whoever asks
 for it and with whatever beside it: a partial block is padded behind its end, where causal attention hides
