@@ -1,4 +1,4 @@
-"""Tiny Llamas with random weights, written to disk as the real ones are."""
+"""Tiny models with random weights, written to disk as the real ones are."""
 
 from __future__ import annotations
 
@@ -74,6 +74,35 @@ def write_tiny_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     write_tokenizer(folder / "tokenizer.json", config["vocab_size"])
     return folder
+
+
+def write_tiny_other(folder: Path, config: Any, seed: int = 0) -> Path:
+    """The same for any configuration of transformers, which builds the model."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    g = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "norm" not in name:
+                weight.copy_(_random(g, *weight.shape))
+    model.save_pretrained(folder)
+    write_tokenizer(folder / "tokenizer.json", VOCAB)
+    return folder
+
+
+def tiny_gemma() -> Any:
+    """Gemma 3: layers that see the last 40 positions only, norms of queries and keys, scaled embeddings."""
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=40,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        max_position_embeddings=4096, eos_token_id=EOS, bos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
 
 
 def write_tokenizer(path: Path, vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Any causal LM that transformers can load: slower than the torch engine, as exact.
+"""Any causal LM that transformers can load and whose layers attend: slower than the torch engine, as exact.
 
 Every position is computed in the same block of 8 aligned rows over a cache of the same length, whoever asks
 for it and with whatever beside it: a partial block is padded behind its end, where causal attention hides
@@ -21,6 +21,8 @@ from dsdlab.models.tokenizer import Tokenizer
 from dsdlab.models.weights_io import file_digest
 
 BLOCK_ROWS = 8
+_ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
+"""Kinds of layers whose only memory are keys and values, one for each position."""
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -119,18 +121,24 @@ def load_hf(name: str, options: EngineOptions) -> HFEngine:
     logging.disable_progress_bar()
     folder: Path = fetch(name)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=_DTYPES[options.precision], attn_implementation="sdpa"
-        )
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_DTYPES[options.precision])
         model.to(options.device)
     except Exception as e:  # transformers raises whatever its readers raise
         why = (str(e).splitlines() or [type(e).__name__])[0]
         raise ModelError(f"transformers cannot load {folder}: {why}") from None
-    limit = getattr(model.config, "max_position_embeddings", options.max_context)
+    text = model.config.get_text_config()  # of a model that also sees, its language part
+    others = set(getattr(text, "layer_types", None) or ()) - _ATTENTION
+    if others or getattr(model, "_is_stateful", False):
+        what = ", ".join(sorted(others)) or "recurrent"
+        raise ModelError(
+            f"{folder}: {type(model).__name__} has layers whose state cannot be rolled back ({what}); "
+            "allowed: attention in all layers"
+        )
+    limit = getattr(text, "max_position_embeddings", options.max_context)
     info = ModelInfo(
         model_id=f"hf:{name}",
         tokenizer=Tokenizer(folder / "tokenizer.json").fingerprint,
-        vocab_size=model.config.vocab_size,
+        vocab_size=text.vocab_size,
         # padding may reach BLOCK_ROWS - 1 positions past the end
         max_context=min(options.max_context, limit) - BLOCK_ROWS,
         eos_ids=eos_of(folder),

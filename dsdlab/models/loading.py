@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsdlab.models.base import Engine, ModelError, ModelInfo
 from dsdlab.models.tokenizer import Tokenizer
-from dsdlab.models.zoo import DRAFTERS, fetch
+from dsdlab.models.zoo import DRAFTERS, check_engine, fetch
 
 DEFAULT_CONTEXT = 2048
 
@@ -32,6 +32,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer of a target by model name; None for an emulated one."""
     if name.startswith("emulated:"):
         return None
+    check_engine(name)
     return Tokenizer(fetch(name.removeprefix("hf:")) / "tokenizer.json")
 
 
@@ -74,6 +75,7 @@ def _load_torch(name: str, options: EngineOptions) -> Engine:
         tokenizer = weights.tokenizer
         eos_ids: tuple[int, ...] = ()
     else:
+        check_engine(name)
         folder = fetch(name)
         weights = load_llama_dir(folder, _cached_digest(folder))
         tokenizer = Tokenizer(folder / "tokenizer.json").fingerprint

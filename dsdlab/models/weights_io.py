@@ -113,6 +113,8 @@ def llama_shape(config: dict[str, Any], where: Path) -> LlamaShape:
         raise ModelError(f"{where}: scaled rotary embeddings are not supported here; use the hf: engine")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise ModelError(f"{where}: biased linears are not supported here; use the hf: engine")
+    if (act := config.get("hidden_act") or "silu") != "silu":
+        raise ModelError(f"{where}: activation {act} is not supported here; use the hf: engine")
     heads = config["num_attention_heads"]
     return LlamaShape(
         hidden_size=config["hidden_size"],

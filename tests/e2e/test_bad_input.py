@@ -46,6 +46,7 @@ def refused(cwd: Path, *args: str) -> str:
         (("max_new_tokens = 16", "max_new_tokens = 5000"), "context of 2048"),
         (("alpha=0.8", "alpha=1.8"), "alpha is 1.8"),
         (('target = "emulated', 'target = "nothere'), "unknown model"),
+        (('target = "emulated:', 'target = "gemma3-270m" # "'), "is not Llama-family; use hf:gemma3-270m"),
         (('"dsd-sync"', '"dsd-psychic"'), "allowed: 'cloud-ar'"),
         (("[run]", "[link]\nreorder_pct = 1\n[run]"), "needs netem or netem-uml"),
         (("[run]", "[[link.steps]]\nat_s = 1\n[run]"), "link.steps.0 changes nothing"),

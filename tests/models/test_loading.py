@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import CONFIG, VOCAB, write_tiny_drafter, write_tiny_llama
 
 from dsdlab.models.base import Chunk, ModelError
+from dsdlab.models.drafters import load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer, resolve_device
 from dsdlab.models.torch_engine import TorchEngine
 from dsdlab.models.weights_io import DRAFTER_FORMAT, load_drafter_file, load_llama_dir
@@ -52,6 +53,7 @@ def test_end_of_sequence_ids(tmp_path: Path, eos: object, expected: tuple[int, .
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, "scaled rotary embeddings"),
         ({"attention_bias": True}, "biased linears"),
         ({"mlp_bias": True}, "biased linears"),
+        ({"hidden_act": "gelu"}, "activation gelu"),
     ],
 )
 def test_what_the_torch_engine_does_not_support(tmp_path: Path, changes: dict, reason: str) -> None:  # type: ignore[type-arg]
@@ -61,6 +63,21 @@ def test_what_the_torch_engine_does_not_support(tmp_path: Path, changes: dict, r
         load_engine(str(tmp_path), CPU)
     assert "hf:" in str(e.value)
     assert "\n" not in str(e.value)
+
+
+def test_a_named_model_of_another_architecture_is_refused_before_it_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DSDLAB_CACHE", str(tmp_path / "cache"))
+    for load in (lambda n: load_engine(n, CPU), load_tokenizer, lambda n: load_drafter(n, CPU)):
+        with pytest.raises(ModelError) as e:
+            load("gemma3-270m")
+        assert str(e.value) == (
+            "model 'gemma3-270m': architecture Gemma3ForCausalLM is not Llama-family; use hf:gemma3-270m"
+        )
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(ModelError, match=r"unknown model 'gemma3'; allowed: .*, hf:gemma3-270m, "):
+        load_engine("gemma3", CPU)
 
 
 def without(path: Path, name: str) -> None:

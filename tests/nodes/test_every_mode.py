@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 from node_harness import Costly, Moody, Watch, World, alone, check, emulated, emulated_drafter
-from tiny_models import VOCAB, engine_of, tiny_drafter, write_tiny_llama
+from tiny_models import VOCAB, engine_of, tiny_drafter, tiny_gemma, write_tiny_llama, write_tiny_other
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import Engine
 from dsdlab.models.compute import ThreadCompute
 from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLookup
+from dsdlab.models.loading import EngineOptions, load_engine
 from dsdlab.models.weights_io import LlamaWeights, load_llama_dir
 from dsdlab.nodes import MODES, DrafterNode, GenerationRecord, GenerationRequest
 from dsdlab.nodes.request import STREAMING_MODES
@@ -118,6 +119,27 @@ def test_every_kind_of_drafter(
             PROMPT, mode, gamma=gamma, sampling=SAMPLINGS[sampling], max_new_tokens=30, stop_at_eos=False
         )
         check(generate(target, drafter, request), alone(target, request), note=f"γ={gamma}")
+
+
+@pytest.fixture(scope="module")
+def gemma(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder = write_tiny_other(tmp_path_factory.mktemp("gemma"), tiny_gemma())
+    return load_engine(f"hf:{folder}", EngineOptions(device="cpu", slots=4, max_context=128))
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_target_that_is_no_llama(gemma: Engine, mode: str, sampling: str) -> None:
+    """Through the hf engine, past its sliding window of 40, with a prompt in which lookup finds something."""
+    found = 0
+    for gamma in (3, 8):
+        request = GenerationRequest(
+            PROMPT * 5, mode, gamma=gamma, sampling=SAMPLINGS[sampling], max_new_tokens=24, stop_at_eos=False
+        )
+        record = generate(gemma, PromptLookup(), request)
+        check(record, alone(gemma, request), note=f"γ={gamma}")
+        found += sum(drafted for drafted, _ in record.windows)
+    assert found or mode in ("cloud-ar", "dsd-adaptive")
 
 
 @pytest.mark.parametrize(
