@@ -14,6 +14,8 @@ from dsdlab.models.zoo import DRAFTERS
 
 LOOKUP = "prompt-lookup"
 LOOKUP_FIRST = "lookup+"
+FIRST_LONGEST, FIRST_SHORTEST = 6, 4
+"""Tokens that must repeat for lookup to be believed rather than the model: docs/drafter.md compares."""
 
 GoesOn = Callable[[Sequence[float]], bool]
 
@@ -197,13 +199,13 @@ class PromptLookup(Drafter):
 
 
 class LookupFirst(Drafter):
-    """Prompt lookup where two or three tokens repeat, a model for every other position."""
+    """Prompt lookup where four to six tokens repeat, a model for every other position."""
 
     def __init__(self, model: ModelDrafter) -> None:
         self.name = LOOKUP_FIRST + model.name
         self.tokenizer = model.tokenizer
         self.model = model
-        self._lookup = PromptLookup(longest=3, shortest=2)
+        self._lookup = PromptLookup(FIRST_LONGEST, FIRST_SHORTEST)
         self._slots: dict[int, int] = {}
 
     def open(self) -> int:

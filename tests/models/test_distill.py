@@ -306,7 +306,7 @@ def test_lookup_against_brute_force() -> None:
                     return int(ids[at])
         return -1
 
-    assert lookup(ids) == [slow(end) for end in range(1, len(ids) + 1)]
+    assert lookup(ids, 3, 2) == [slow(end) for end in range(1, len(ids) + 1)]
 
 
 def test_windows_replay() -> None:

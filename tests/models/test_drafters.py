@@ -13,6 +13,8 @@ from tiny_models import VOCAB, engine_of, tiny_drafter, tiny_target, write_tiny_
 from dsdlab.decoding import Sampling, pick
 from dsdlab.models.base import Chunk, ModelError, NoFreeSlot
 from dsdlab.models.drafters import (
+    FIRST_LONGEST,
+    FIRST_SHORTEST,
     LookupFirst,
     ModelDrafter,
     PromptLookup,
@@ -220,18 +222,18 @@ def test_lookup_first_equals_its_parts(engine: TorchEngine, seed: int) -> None:
     rng = np.random.default_rng(seed)
     both, alone = LookupFirst(ModelDrafter(engine)), ModelDrafter(engine)
     slot, alone_slot = both.open(), alone.open()
-    ids = rng.integers(0, 4, 12).tolist()
+    ids = rng.integers(0, 3, 24).tolist()  # few different tokens repeat soon
     sources = set()
     for _ in range(8):
         expected: list[int] = []
         for _ in range(5):
-            at = lookup_oracle(ids, expected, 3, 2)
+            at = lookup_oracle(ids, expected, FIRST_LONGEST, FIRST_SHORTEST)
             sources.add(at < len(ids))
             expected += (
                 [ids[at]] if at < len(ids) else alone.propose(alone_slot, [*ids, *expected], 1, SAMPLED)
             )
         assert both.propose(slot, ids, 5, SAMPLED) == expected
-        ids = [*ids, *expected[: rng.integers(0, 6)], *rng.integers(0, 4, 2).tolist()]
+        ids = [*ids, *expected[: rng.integers(0, 6)], *rng.integers(0, 3, 8).tolist()]
     assert sources == {True, False}  # both parts were asked
     both.close(slot)
     both.close(slot)

@@ -14,7 +14,15 @@ from tracing_tools import Forward, Metered, generate, record_text, trace_of
 
 from dsdlab.decoding import Sampling
 from dsdlab.models.base import Engine
-from dsdlab.models.drafters import Drafter, LookupFirst, ModelDrafter, PromptLookup, load_drafter
+from dsdlab.models.drafters import (
+    FIRST_LONGEST,
+    FIRST_SHORTEST,
+    Drafter,
+    LookupFirst,
+    ModelDrafter,
+    PromptLookup,
+    load_drafter,
+)
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
 from dsdlab.models.tracing import reach_beyond, record_windows
 from dsdlab.models.weights_io import load_llama_dir
@@ -79,10 +87,10 @@ def test_one_pass_is_every_run(tmp_path: Path, kind: str, sampling: str) -> None
 
 
 def test_who_said_it(tmp_path: Path) -> None:
-    """Lookup says a token exactly where two or three tokens repeat; the model says the rest."""
+    """Lookup says a token exactly where four to six tokens repeat; the model says the rest."""
     drafter = LookupFirst(ModelDrafter(tiny_drafter(tmp_path / "d.safetensors")))
     text = repeating(np.random.default_rng(5), 90, 12)
-    lookup = PromptLookup(longest=3, shortest=2)
+    lookup = PromptLookup(FIRST_LONGEST, FIRST_SHORTEST)
     for w in record_windows(drafter, text[:20], text[20:], GREEDY, GAMMA):
         slot = lookup.open()
         assert len(w.ids) == GAMMA

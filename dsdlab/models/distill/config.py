@@ -37,10 +37,14 @@ class GenerateConfig(_Strict):
 
 
 class ShapeConfig(_Strict):
-    """Shape of the drafter. init: `layers` copies target layers, `slice` also narrows them; or `random`."""
+    """Shape of the drafter. init: `layers` copies target layers, `slice` also narrows them; or `random`.
+
+    With `file`, a drafter made before is trained on: its own shape counts, and none that is given here.
+    """
 
     name: str = "picked-6"
     init: Literal["layers", "slice", "random"] = "layers"
+    file: str = ""  # a drafter to begin with: a file or a shipped one's name
     hidden_size: int = Field(default=576, ge=32)
     intermediate_size: int = Field(default=1024, ge=32)
     layers: list[int] = [0, 1, 10, 20, 28, 29]  # target layers to start from (their count = depth)
@@ -72,7 +76,8 @@ class TrainConfig(_Strict):
     warmup: float = Field(default=0.03, ge=0, lt=1)
     weight_decay: float = Field(default=0.01, ge=0)
     hidden_weight: float = Field(default=0.0, ge=0)  # weight of the final-state match, fading to 0
-    overlap_weight: float = Field(default=0.0, ge=0)  # weight of 1 - sum min(p, q) in the last half
+    overlap_weight: float = Field(default=0.0, ge=0)  # weight of 1 - sum min(p, q), growing to the end
+    overlap_from: float = Field(default=0.5, ge=0, lt=1)  # from this fraction on
     quantised_from: float = Field(
         default=1.0, ge=0, le=1
     )  # from this fraction on, forward through int8 weights

@@ -20,9 +20,10 @@ from dsdlab.models.distill.store import Example
 from dsdlab.models.distill.student import Block, Student, quantise
 from dsdlab.models.distill.teacher import rotary, rotate
 from dsdlab.models.distill.train import micro_batches
+from dsdlab.models.drafters import FIRST_LONGEST, FIRST_SHORTEST
 
 
-def lookup(ids: Sequence[int], longest: int = 3, shortest: int = 2) -> list[int]:
+def lookup(ids: Sequence[int], longest: int = FIRST_LONGEST, shortest: int = FIRST_SHORTEST) -> list[int]:
     """Prompt lookup: after each position, the token that followed the latest earlier match; -1 without one.
 
     The last n ids are sought, n from `longest` down to `shortest`.

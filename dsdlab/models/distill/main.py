@@ -32,7 +32,7 @@ from dsdlab.models.distill.train import Pool, keep_memory, train
 from dsdlab.models.loading import eos_of, resolve_device
 from dsdlab.models.tokenizer import Tokenizer
 from dsdlab.models.weights_io import load_llama_dir
-from dsdlab.models.zoo import fetch
+from dsdlab.models.zoo import DRAFTERS, fetch
 
 Say = Callable[[str], None]
 SPECIAL_IDS = 3  # end of text and the turn marks are always kept
@@ -260,8 +260,7 @@ class Bench:
             student = trim(student, shape.export_rows, self.counts, self.teacher.embed)
         recipe = {
             "shape": shape.name,
-            "init": shape.init,
-            "target_layers": shape.layers,
+            **({"from": shape.file} if shape.file else {"init": shape.init, "target_layers": shape.layers}),
             "positions": progress.positions,
             "training_seconds": round(progress.seconds),
             "seed": training.seed,
@@ -280,6 +279,10 @@ class Bench:
         pool, teacher = self.pool, self.teacher
         pool.refresh()
         pool.restart(seed)
+        if shape.file:
+            student, _ = load_exported(DRAFTERS.get(shape.file, Path(shape.file)))
+            student.shape = student.shape.model_copy(update={"name": shape.name})
+            return student
         texts = [p.ids[:SAMPLE_TOKENS] for p in pool.packs if len(p.ids) >= SAMPLE_TOKENS][:24]
         shortest = min((len(p.ids) for p in pool.packs), default=1)
         sample = torch.stack(texts or [p.ids[:shortest] for p in pool.packs[:24]])

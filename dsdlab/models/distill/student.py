@@ -299,7 +299,9 @@ def export(
 
 
 def load_exported(path: Path) -> tuple[Student, dict[str, Any]]:
-    """Read an exported drafter back as a Student whose weights are the dequantised rows."""
+    """Read an exported drafter back as a Student of the dequantised rows. Raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such drafter file")
     with safe_open(path, framework="pt") as file:
         meta = file.metadata() or {}
         if meta.get("dsdlab_format") != FORMAT:

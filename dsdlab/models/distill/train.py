@@ -349,7 +349,7 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = rate
         fake = at >= config.quantised_from
-        overlap = config.overlap_weight * max(0.0, 2 * at - 1)
+        overlap = config.overlap_weight * max(0.0, (at - config.overlap_from) / (1 - config.overlap_from))
         examples = pool.take(config.batch_positions)
         judged = sum(len(e.index) for e in examples)
         total = torch.zeros(3, device=device)
