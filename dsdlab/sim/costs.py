@@ -226,7 +226,8 @@ class Contention(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 class SystemProfile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A pair of models on an edge and a cloud node: what `dsdlab calibrate` writes and the simulator reads.
 
-    origin: "measured here" or "published". source: how it was measured, or the publication.
+    origin: "measured here" (by `dsdlab calibrate`), "measured" (by this project, on a machine that `source`
+    names) or "published". source: how it was measured, or the publication.
     """
 
     version: int = PROFILE_VERSION

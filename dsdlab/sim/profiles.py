@@ -18,7 +18,7 @@ from dsdlab.sweep.store import write_json
 
 __all__ = ["ORIGINS", "check_models", "load_profile", "profile_names", "save_profile"]
 
-ORIGINS = ("measured here", "published")
+ORIGINS = ("measured here", "measured", "published")
 _SHIPPED = files("dsdlab.sim").joinpath("profiles")
 
 
@@ -68,7 +68,7 @@ def decode_profile(data: bytes, where: str) -> SystemProfile:
 def _check(profile: SystemProfile, where: str) -> None:
     if profile.origin not in ORIGINS:
         raise UnfitProfile(
-            f"profile {where}: origin is {profile.origin!r}; allowed: {' or '.join(map(repr, ORIGINS))}"
+            f"profile {where}: origin is {profile.origin!r}; allowed: {', '.join(map(repr, ORIGINS))}"
         )
     profile.edge.check(f"profile {where}: edge")
     profile.cloud.check(f"profile {where}: cloud")

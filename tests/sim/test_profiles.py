@@ -59,7 +59,10 @@ def _without(name: str) -> dict[str, Any]:
         (_without("version"), "is none: it has no version"),
         ([1], "is none"),
         (raw() | {"colour": "red"}, "unknown field `colour`"),
-        (raw() | {"origin": "a dream"}, "origin is 'a dream'; allowed: 'measured here' or 'published'"),
+        (
+            raw() | {"origin": "a dream"},
+            "origin is 'a dream'; allowed: 'measured here', 'measured', 'published'",
+        ),
         (_without("edge"), "missing required field `edge`"),
         (raw() | {"edge": {"hop_s": -0.1}}, r"edge\.hop_s is -0.1; allowed: 0 to 3600 seconds"),
         (raw() | {"edge": {"drafter": {"base_s": None}}}, r"`\$\.edge\.drafter\.base_s`"),
@@ -158,3 +161,19 @@ def test_rooflines() -> None:
     _passes(
         load_profile("8b-rtx4090-phone").cloud.drafter, [(1, 0, 2 * 1.23e9 * (1 / 1.008e12 + 1 / 165.2e12))]
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("8b-h200", "llama-3.1-8b"), ("8b-h200-small-drafter", "llama-3.1-8b"), ("32b-h200", "qwen2.5-32b")],
+)
+def test_measured_gpu_profiles_are_what_was_measured(name: str, shape: str) -> None:
+    """Windows of one session to 5 %; the straight line leaves more where attention counts."""
+    raw_file = Path(__file__).parents[2] / "results" / "reference" / "gpu-shapes-h200.json"
+    models = {m["shape"]["name"]: m["points"] for m in json.loads(raw_file.read_text())["models"]}
+    cost = load_profile(name).cloud.target
+    assert cost is not None
+    alone = [point for point in models[shape] if point[1] == 1 and point[0] <= 17 and point[2] <= 1024]
+    assert len(alone) > 15
+    for rows, batch, context, seconds in alone:
+        assert cost.cost_s(rows, batch, context) == pytest.approx(seconds, rel=0.05)
