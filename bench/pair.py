@@ -100,12 +100,21 @@ def as_transformers(path: Path, vocab: int) -> Any:
     student, _ = load_exported(path)
     shape = student.shape
     config = LlamaConfig(
-        vocab_size=vocab, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
-        num_hidden_layers=len(shape.layers), num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads, head_dim=shape.head_dim, rms_norm_eps=student.eps,
-        rope_parameters={"rope_type": "default", "rope_theta": student.theta}, max_position_embeddings=8192, tie_word_embeddings=False,
-        bos_token_id=1, eos_token_id=2, pad_token_id=2,
-    )  # fmt: skip
+        vocab_size=vocab,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=len(shape.layers),
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        rms_norm_eps=student.eps,
+        rope_parameters={"rope_type": "default", "rope_theta": student.theta},
+        max_position_embeddings=8192,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
     model: Any = LlamaForCausalLM(config)
     state = {
         "model.embed_tokens.weight": student.embed[student.input_map.long()],
