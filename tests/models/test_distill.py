@@ -459,6 +459,18 @@ def test_distil_end_to_end_and_resume(tmp_path: Path, weights: LlamaWeights) -> 
     assert not any(line.startswith("generate") for line in said)
     assert again["test"]["alpha"] == pytest.approx(result["test"]["alpha"])
 
+    started, trained = config.read_text().index("[[shapes]]"), config.read_text().index("[train]")
+    text = config.read_text()
+    shape = f'[[shapes]]\nname = "on"\nfile = "{result["file"]}"\nseed = 5\n'
+    final = "[final]\npositions = 600\nbatch_positions = 100\noverlap_weight = 1.0\noverlap_from = 0.2\n"
+    config.write_text(text[:started] + shape + text[trained:] + final)
+    further = run(config, tmp_path / "further", prompt_files=[str(more)], say=said.append)
+    first, longer = further["candidates"]
+    assert (first["shape"], longer["shape"]) == ("on", "on-longer")
+    assert first["recipe"]["from"] == result["file"]
+    assert (first["recipe"]["seed"], longer["recipe"]["positions"] >= 600) == (5, True)
+    assert first["validation"]["alpha"] > 0.2  # it began where the other had ended
+
 
 @pytest.mark.parametrize(
     ("text", "message"),
