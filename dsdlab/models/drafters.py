@@ -14,7 +14,7 @@ from dsdlab.models.zoo import DRAFTERS
 
 LOOKUP = "prompt-lookup"
 LOOKUP_FIRST = "lookup+"
-FIRST_LONGEST, FIRST_SHORTEST = 6, 4
+FIRST_LONGEST, FIRST_SHORTEST = 8, 4
 """Tokens that must repeat for lookup to be believed rather than the model: docs/drafter.md compares."""
 
 GoesOn = Callable[[Sequence[float]], bool]
@@ -199,7 +199,7 @@ class PromptLookup(Drafter):
 
 
 class LookupFirst(Drafter):
-    """Prompt lookup where four to six tokens repeat, a model for every other position."""
+    """Prompt lookup where four to eight tokens repeat, a model for every other position."""
 
     def __init__(self, model: ModelDrafter) -> None:
         self.name = LOOKUP_FIRST + model.name

@@ -87,7 +87,7 @@ def test_one_pass_is_every_run(tmp_path: Path, kind: str, sampling: str) -> None
 
 
 def test_who_said_it(tmp_path: Path) -> None:
-    """Lookup says a token exactly where four to six tokens repeat; the model says the rest."""
+    """Lookup says a token exactly where four to eight tokens repeat; the model says the rest."""
     drafter = LookupFirst(ModelDrafter(tiny_drafter(tmp_path / "d.safetensors")))
     text = repeating(np.random.default_rng(5), 90, 12)
     lookup = PromptLookup(FIRST_LONGEST, FIRST_SHORTEST)
