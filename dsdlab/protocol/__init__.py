@@ -21,6 +21,7 @@ from dsdlab.protocol.frames import (
     Close,
     Commit,
     Draft,
+    DraftQ,
     Error,
     Frame,
     Hello,
@@ -39,6 +40,7 @@ from dsdlab.protocol.frames import (
 )
 from dsdlab.protocol.handshake import HandshakePolicy, client_handshake, new_node_id, server_handshake
 from dsdlab.protocol.memory import Arrival, Faults, MemoryChannel, memory_pair
+from dsdlab.protocol.q_rows import pack_q, unpack_q
 from dsdlab.protocol.websocket import WebSocketChannel, connect, serve
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "Commit",
     "ConnectFailed",
     "Draft",
+    "DraftQ",
     "Error",
     "Faults",
     "Frame",
@@ -83,8 +86,10 @@ __all__ = [
     "microseconds",
     "new_node_id",
     "pack_ids",
+    "pack_q",
     "refusal",
     "serve",
     "server_handshake",
     "unpack_ids",
+    "unpack_q",
 ]
