@@ -56,8 +56,13 @@ def sparsify(q: npt.ArrayLike, k: int) -> SparseQ:
     values = np.asarray(q, dtype=np.float64)
     if k < 1:
         raise ValueError(f"k is {k}; allowed: 1 or more")
-    order = np.argsort(-values, kind="stable")[:k]
-    mass = values[order].sum()
+    near = np.flatnonzero(~(values <= 0.0))  # not a number stays, to be refused
+    if k < near.size:  # nothing below the k-th largest can be kept
+        near = near[values[near] >= np.partition(values[near], -k)[-k]]
+        near = near[np.argsort(-values[near], kind="stable")][:k]
+    mass = values[near].sum()
+    order = near[~(values[near] < mass / (2 * Q_LEVELS))]  # the rest would round down to nothing
+    order = order[np.argsort(-values[order], kind="stable")]
     if not mass > 0.0:
         raise ValueError("q holds no probability mass")
     weights = np.floor(values[order] / mass * Q_LEVELS).astype(np.int64)
