@@ -51,6 +51,7 @@ CONTEXT = 1024
 RATES_MBIT = (1.0, 10.0)
 HEAT = 0.8
 LEVEL = 1e-3  # of a chi-square; its control must lie far below
+BASE = "coupled"  # what dsdlab does unless told
 PAGE = Path("docs/wire.md")
 
 
@@ -232,6 +233,12 @@ def per_token(records: Sequence[GenerationRecord], way: str, names: tuple[str, .
     return sum(size.get(name, 0) for size in sizes for name in names) / tokens
 
 
+def _ratios(records: Records, key: str, rate: float) -> list[float]:
+    """TPOT over that of the coupled scheme, generation by generation."""
+    pairs = zip(records[key, rate], records[BASE, rate], strict=True)
+    return [a / b for one, base in pairs if (a := one.tpot_s) is not None and (b := base.tpot_s) is not None]
+
+
 def row_of(scheme: Scheme, records: Records, jobs: Sequence[Job], truth: Truth) -> dict[str, Any]:
     """One line of the table."""
     every = [records[scheme.key, rate] for rate in RATES_MBIT]
@@ -243,6 +250,7 @@ def row_of(scheme: Scheme, records: Records, jobs: Sequence[Job], truth: Truth) 
     }
     draft_s = [t for one in every for r in one for t in r.t_draft_s]
     verify_s = [t for one in every for r in one for t in r.t_verify_s[1:]]  # the first is the prompt's
+    beside = {rate: statistics.median(_ratios(records, scheme.key, rate)) for rate in RATES_MBIT}
     law = truth.laws.get(scheme.key)
     if law is None:
         alone = [truth.alone[job.prompt, job.seed, scheme.temperature] for job in jobs]
@@ -264,6 +272,7 @@ def row_of(scheme: Scheme, records: Records, jobs: Sequence[Job], truth: Truth) 
         "windows": len(windows),
         "tokens": sum(len(record.ids) for record in first),
         "tpot_ms": {f"{rate:g}": 1e3 * statistics.median(times) for rate, times in tpot_s.items()},
+        "beside_coupled": {f"{rate:g}": ratio for rate, ratio in beside.items()},
         "draft_ms": 1e3 * statistics.median(draft_s) if draft_s else None,
         "verify_ms": 1e3 * statistics.median(verify_s),
         "overlap": None if law is None else law.overlap,

@@ -29,7 +29,7 @@ def table(found: Mapping[str, Any]) -> str:
             _interval(row["alpha"]),
             "" if row["overlap"] is None else f"{row['overlap']:.2f}",
             "" if row["tau"] is None else f"{row['tau']:.2f}",
-            *(f"{row['tpot_ms'][f'{rate:g}']:.1f}" for rate in rates),
+            *(_time(row, f"{rate:g}") for rate in rates),
             row["exact"],
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -44,7 +44,8 @@ def _below(found: Mapping[str, Any]) -> str:
         f"{found['runtime']} runtime, {found['link']} link, {found['cpu']}, with a load of "
         f"{found['load']:.1f} on {found['cores']} cores when it began. {found['generations']} generations of "
         f"up to {found['max_new_tokens']} tokens a scheme and rate, paired by prompt and seed; TPOT is their "
-        "median. Bytes are payloads, of Draft or DraftQ up and of Verdict and Commit down, per committed "
+        "median, and in brackets the median ratio to the coupled one's. Bytes are payloads, of Draft or "
+        "DraftQ up and of Verdict and Commit down, per committed "
         "token. α has its 95 % interval over prompts and seeds; 1 − TV is the mean over every position of "
         f"the target's texts. All of q is {full['kept_ids']:.0f} of the drafter's {ids} ids on average, "
         f"those to which 16 bits leave a weight; two bytes for each of the {ids}, without ids, would be "
@@ -52,6 +53,10 @@ def _below(found: Mapping[str, Any]) -> str:
         + ("< 1e-12." if control < 1e-12 else f"= {control:.1e}.")
     )
     return textwrap.fill(words, WIDTH)
+
+
+def _time(row: Mapping[str, Any], rate: str) -> str:
+    return f"{row['tpot_ms'][rate]:.1f} ({row['beside_coupled'][rate]:.2f} ×)"
 
 
 def _size(n: float | None) -> str:

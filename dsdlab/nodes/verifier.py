@@ -56,7 +56,7 @@ log = logging.getLogger("dsdlab.verifier")
 
 LINGER_S = 60.0
 BUSY_RETRY_MS = 250
-MAX_WAITING_DRAFTS = 64  # per session; a client that sends more has lost its way
+MAX_WAITING_DRAFTS = {Draft: 64, DraftQ: 8}  # per session, for a DraftQ may be as long as a frame
 _REMEMBERED_CLOSES = 4096
 STREAM = "dsd-stream"
 TAKES_DRAFTS: dict[str, type[Draft | DraftQ]] = {"dsd-sync": Draft, SYNC_Q: DraftQ}  # one window at a time
@@ -313,8 +313,9 @@ class VerifierNode:
         if session.text.finish is not None:
             await self._send_lacking(session, frame)
             return
-        if len(session.drafts) >= MAX_WAITING_DRAFTS:
-            raise ProtocolError("bad-frame", f"more than {MAX_WAITING_DRAFTS} drafts wait")
+        most = MAX_WAITING_DRAFTS[type(frame)]
+        if len(session.drafts) >= most:  # its client has lost its way
+            raise ProtocolError("bad-frame", f"more than {most} drafts wait")
         session.drafts.put(frame)
 
     def _on_streamed(self, session: _Session, stream: TargetStream, frame: Draft) -> None:

@@ -54,6 +54,7 @@ def test_a_row_says_what_was_recorded() -> None:
     q8 = rows["q8"]
     assert (q8["up"], q8["down"], q8["tau"], q8["alpha"]) == (15.0, 5.0, 3.0, [2 / 3, 2 / 3, 2 / 3])
     assert q8["tpot_ms"] == {"1": pytest.approx(1000 / 3), "10": pytest.approx(100 / 3)}
+    assert q8["beside_coupled"] == {"1": 1.0, "10": 1.0}
     assert rows["greedy"]["exact"] == "same ids as the target alone, 4 of 4"
     assert all(row["good"] for row in rows.values())
 
@@ -62,7 +63,7 @@ def test_a_row_says_what_was_recorded() -> None:
 def test_a_scheme_that_is_not_exact_fails(p_value: float, control: float) -> None:
     truth = wire.Truth(laws={"q8": wire.Law(0.75, 8.0, p_value, control)})
     record = GenerationRecord(ids=[4, 5], commits=[(0.1, 1), (0.2, 1)], t_verify_s=[0.1, 0.1])
-    records: wire.Records = {("q8", rate): [record] for rate in wire.RATES_MBIT}
+    records: wire.Records = {(key, rate): [record] for key in ("q8", wire.BASE) for rate in wire.RATES_MBIT}
     [scheme] = [s for s in wire.SCHEMES if s.key == "q8"]
     assert not wire.row_of(scheme, records, [wire.Job("a", [1], 1)], truth)["good"]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from itertools import repeat
 
 import numpy as np
 import pytest
-from node_harness import PROMPT, Raw, World, emulated, open_frame
+from node_harness import PROMPT, Costly, Raw, Watch, World, emulated, open_frame
 from scipy import stats
 from table_models import TableEngine
 
@@ -85,6 +87,31 @@ def test_the_text_has_the_targets_law(gamma: int, top_q: int, drafter_ids: int) 
     target = TableEngine(1, V)
     counts = texts(target, ModelDrafter(TableEngine(2, drafter_ids)), gamma, top_q)
     assert p_value(counts, target.law(START[-1], LENGTH, HEAT)) > LEVEL
+
+
+def test_a_restarted_verifier_keeps_to_the_law() -> None:
+    """It begins anew where the client's text ends, with a token of its own; what it said unheard is lost."""
+    target = TableEngine(1, V)
+
+    async def main() -> np.ndarray:
+        world = World(target, links=repeat((Faults(delay_s=0.01), Faults(delay_s=0.01))))
+        client = world.client(ModelDrafter(TableEngine(2, V)))
+        counts = np.zeros((V,) * LENGTH, dtype=np.int64)
+        for seed in range(TEXTS // 2):
+            restarting: list[asyncio.Task[None]] = []
+
+            def restart(pieces: int, restarting: list[asyncio.Task[None]] = restarting) -> None:
+                if pieces == 1:  # the first window is on its way then
+                    restarting.append(asyncio.create_task(world.restart()))
+
+            record = await client.generate(request(seed), Watch(restart))
+            await asyncio.gather(*restarting)
+            counts[tuple(record.ids)] += 1
+        assert world.restarts == TEXTS // 2
+        await client.disconnect()
+        return counts.ravel()
+
+    assert p_value(run(main()), target.law(START[-1], LENGTH, HEAT)) > LEVEL
 
 
 def test_a_report_that_is_not_what_was_drawn_from_is_caught() -> None:
@@ -264,3 +291,19 @@ def test_the_same_window_gets_the_same_verdict() -> None:
     found = [run(verdicts(seed)) for seed in range(8)]
     assert all(first == second for first, second in found)
     assert len({first for first, _ in found}) > 1
+
+
+def test_few_windows_may_wait() -> None:
+    """One of them may be as long as a frame, so that a flood must not be kept."""
+
+    async def main() -> None:
+        world = World(TableEngine(1, 12), compute=Costly(0.1))
+        client = await Raw.dial(world)
+        await client.send(hot())
+        assert isinstance(await client.recv(), Commit)
+        flood = [DraftQ(1, 0, len(PROMPT) + 1, pack_ids([2]), pack_q([ROW]))] * 12
+        await client.send(*flood)
+        await world.quiet()
+        assert [str(e) for e in world.failures] == ["more than 8 drafts wait"]
+
+    run(main())
