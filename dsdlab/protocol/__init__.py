@@ -40,7 +40,6 @@ from dsdlab.protocol.frames import (
 )
 from dsdlab.protocol.handshake import HandshakePolicy, client_handshake, new_node_id, server_handshake
 from dsdlab.protocol.memory import Arrival, Faults, MemoryChannel, memory_pair
-from dsdlab.protocol.q_rows import pack_q, unpack_q
 from dsdlab.protocol.websocket import WebSocketChannel, connect, serve
 
 __all__ = [
@@ -86,10 +85,8 @@ __all__ = [
     "microseconds",
     "new_node_id",
     "pack_ids",
-    "pack_q",
     "refusal",
     "serve",
     "server_handshake",
     "unpack_ids",
-    "unpack_q",
 ]

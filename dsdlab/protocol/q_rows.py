@@ -6,7 +6,8 @@ A row for each drafted id, one after the other; all little-endian:
     k token ids                 3 bytes each, the first of them the one that takes what is left
     weights of all but the first   2 bytes each, 1 … 65535, in 1/65535
 
-The first id's weight is what the others leave of 65535, so a row is 5k bytes and always adds up.
+The first id's weight is what the others leave of 65535, so a row is 5k bytes and always adds up. Imported by
+whoever needs it: the rest of the package does without numpy.
 """
 
 from __future__ import annotations

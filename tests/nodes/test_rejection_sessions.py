@@ -15,9 +15,10 @@ from table_models import TableEngine
 from dsdlab.decoding import Sampling, SparseQ, probabilities, sparsify
 from dsdlab.models.drafters import GoesOn, LookupFirst, ModelDrafter, PromptLookup
 from dsdlab.nodes import GenerationFailed, GenerationRecord, GenerationRequest
-from dsdlab.protocol import DraftQ, Error, Open, Verdict, pack_ids, pack_q
+from dsdlab.protocol import DraftQ, Error, Open, Verdict, pack_ids
 from dsdlab.protocol.frames import Close, Commit, Draft
 from dsdlab.protocol.memory import Faults
+from dsdlab.protocol.q_rows import pack_q
 from dsdlab.sim.loop import run
 
 V = 3

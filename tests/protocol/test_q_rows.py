@@ -19,9 +19,8 @@ from dsdlab.protocol import (
     decode,
     encode,
     pack_ids,
-    pack_q,
-    unpack_q,
 )
+from dsdlab.protocol.q_rows import pack_q, unpack_q
 
 V = 60
 
