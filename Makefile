@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes report image doctor clean
+.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes bench-wire report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -39,6 +39,9 @@ bench-link-model: .venv/ready
 
 bench-runtimes: .venv/ready
 	scripts/docker.sh with $(PY) -m bench.runtimes
+
+bench-wire: .venv/ready
+	$(PY) -m bench.wire
 
 report: .venv/ready
 	for folder in results/*/rows.jsonl; do $(PY) -m dsdlab report "$$(dirname "$$folder")"; done

@@ -335,6 +335,8 @@ def request_from(message: dict[str, Any]) -> GenerationRequest:
         run_ahead=int(message.get("run_ahead", RUN_AHEAD)),
         free_run=bool(message.get("free_run", False)),
         beside=int(message.get("beside", 0)),
+        acceptance=str(message.get("acceptance", "coupled")),
+        top_q=int(message.get("top_q", 0)),
         sampling=Sampling(**message.get("sampling", {})),
         max_new_tokens=int(message["max_new_tokens"]),
         stop_at_eos=bool(message.get("stop_at_eos", True)),

@@ -8,8 +8,9 @@ import pytest
 
 NAMES = {
     "dsdlab.decoding": {
-        "FINISH_EOS", "FINISH_LENGTH", "Sampling", "SparseQ", "accepted_length", "apply_limits", "confidence",
-        "gumbel", "log_softmax", "pick", "residual", "sample_rejection", "sparsify", "verify", "warp",
+        "FINISH_EOS", "FINISH_LENGTH", "Q_LEVELS", "Sampling", "SparseQ", "accepted_length", "apply_limits",
+        "confidence", "gumbel", "log_softmax", "pick", "probabilities", "residual", "sample_rejection",
+        "sparsify", "uniform", "verify", "verify_rejection", "warp",
     },
     "dsdlab.nodes": {
         "MODES", "DrafterNode", "GenerationFailed", "GenerationRecord", "GenerationRequest", "VerifierNode",

@@ -1,9 +1,17 @@
 """Lossless speculation as pure functions of arrays: warping, shared noise, verification, limits."""
 
 from dsdlab.decoding.limits import FINISH_EOS, FINISH_LENGTH, apply_limits
-from dsdlab.decoding.noise import gumbel
+from dsdlab.decoding.noise import gumbel, uniform
 from dsdlab.decoding.pick import confidence, pick
-from dsdlab.decoding.rejection import SparseQ, residual, sample_rejection, sparsify
+from dsdlab.decoding.rejection import (
+    Q_LEVELS,
+    SparseQ,
+    probabilities,
+    residual,
+    sample_rejection,
+    sparsify,
+    verify_rejection,
+)
 from dsdlab.decoding.sampling import Sampling
 from dsdlab.decoding.verify import accepted_length, verify
 from dsdlab.decoding.warp import log_softmax, warp
@@ -11,6 +19,7 @@ from dsdlab.decoding.warp import log_softmax, warp
 __all__ = [
     "FINISH_EOS",
     "FINISH_LENGTH",
+    "Q_LEVELS",
     "Sampling",
     "SparseQ",
     "accepted_length",
@@ -19,9 +28,12 @@ __all__ = [
     "gumbel",
     "log_softmax",
     "pick",
+    "probabilities",
     "residual",
     "sample_rejection",
     "sparsify",
+    "uniform",
     "verify",
+    "verify_rejection",
     "warp",
 ]

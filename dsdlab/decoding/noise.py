@@ -17,6 +17,7 @@ _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
+_DRAWS = 1 << 32  # counters of single draws begin here, above every token id
 
 
 def _mix_int(x: int) -> int:
@@ -61,3 +62,11 @@ def gumbel(seed: int, position: int, ids: npt.ArrayLike) -> FloatArray:
     """Gumbel noise G(seed, position, id) for each token id; float64, shape of `ids`."""
     tokens = np.asarray(ids, dtype=np.uint64)
     return gumbel_from_bits(counter_bits(seed, position, tokens.ravel())).reshape(tokens.shape)
+
+
+def uniform(seed: int, position: int, draw: int) -> float:
+    """A uniform number in (0, 1) of its own for each (seed, position, draw); draw: 0 … 2^32 - 1.
+
+    Keyed as the shared noise is, and independent of it: the noise's counters are token ids.
+    """
+    return float(uniform_from_bits(counter_bits(seed, position, np.array([_DRAWS + draw], np.uint64)))[0])

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from itertools import count
 
-from dsdlab.decoding import Sampling
+from dsdlab.decoding import Sampling, SparseQ, confidence, probabilities, sparsify
 from dsdlab.models.base import Chunk, Engine, ModelError
 from dsdlab.models.loading import EngineOptions, load_engine
 from dsdlab.models.zoo import DRAFTERS
@@ -105,6 +105,50 @@ class ModelDrafter(Drafter):
         tail: Sequence[int] = (),
         goes_on: GoesOn | None = None,
     ) -> list[int]:
+        def choose(chunk: Chunk) -> tuple[int, float]:
+            if goes_on is None:
+                return self.engine.choose([chunk], [sampling])[0][0], math.nan
+            return self.engine.choose_surely(chunk, sampling)
+
+        return self._one_by_one(slot, ids, n, tail, choose, goes_on)
+
+    def draw(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        sampling: Sampling,
+        vocab_size: int,
+        top_q: int = 0,
+        goes_on: GoesOn | None = None,
+    ) -> tuple[list[int], list[SparseQ]]:
+        """As `propose`, but drawn for rejection sampling: the tokens, and what each was drawn from.
+
+        vocab_size: the target's; ids beyond it are never drawn. top_q: ids that a distribution keeps; 0: all
+        that 16 bits leave a weight.
+        """
+
+        drawn_from: list[SparseQ] = []
+
+        def choose(chunk: Chunk) -> tuple[int, float]:
+            row = self.engine.extend([chunk])[0][-1]
+            q = probabilities(row, sampling, vocab_size, self.engine.output_ids)
+            drawn_from.append(sparsify(q, top_q or vocab_size))
+            token = drawn_from[-1].draw(sampling.seed, self.engine.length(slot))
+            return token, math.nan if goes_on is None else confidence(row, sampling)
+
+        return self._one_by_one(slot, ids, n, (), choose, goes_on), drawn_from
+
+    def _one_by_one(
+        self,
+        slot: int,
+        ids: Sequence[int],
+        n: int,
+        tail: Sequence[int],
+        choose: Callable[[Chunk], tuple[int, float]],
+        goes_on: GoesOn | None,
+    ) -> list[int]:
+        """`propose`, where `choose` says the token behind a chunk, and how sure it is."""
         base = len(ids) + len(tail)
         n = min(n, self.engine.info.max_context - base)
         if n <= 0:
@@ -124,10 +168,8 @@ class ModelDrafter(Drafter):
         out: list[int] = []
         confidences: list[float] = []
         while True:
-            if goes_on is None:
-                token = self.engine.choose([Chunk(slot, known, 1)], [sampling])[0][0]
-            else:
-                token, sure = self.engine.choose_surely(Chunk(slot, known, 1), sampling)
+            token, sure = choose(Chunk(slot, known, 1))
+            if goes_on is not None:
                 confidences.append(sure)
             held += feed
             out.append(token)

@@ -13,20 +13,22 @@ import math
 from collections import Counter, deque
 from contextlib import aclosing, suppress
 
+from dsdlab.decoding import SparseQ
 from dsdlab.models.base import Engine
 from dsdlab.models.compute import Compute
-from dsdlab.models.drafters import Drafter
+from dsdlab.models.drafters import Drafter, ModelDrafter
 from dsdlab.nodes.dialer import PATIENCE_S, Dial, Dialer
 from dsdlab.nodes.draft_stream import DraftStream, EpochsSpent
 from dsdlab.nodes.generation import Generation, GenerationFailed, OnCommit
 from dsdlab.nodes.record import GenerationRecord
-from dsdlab.nodes.request import EDGE_DRAFTING_MODES, STREAMING_MODES, GenerationRequest
-from dsdlab.nodes.step import decode, propose, slot_of
+from dsdlab.nodes.request import EDGE_DRAFTING_MODES, STREAMING_MODES, SYNC_Q, GenerationRequest
+from dsdlab.nodes.step import decode, draw, propose, slot_of
 from dsdlab.nodes.text import Gap, Text
 from dsdlab.policies import Outcome, load_window_policy
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed, ProtocolError
-from dsdlab.protocol.frames import Close, Commit, Draft, Open, Resume, Verdict, digest_ids, pack_ids
+from dsdlab.protocol.frames import Close, Commit, Draft, DraftQ, Open, Resume, Verdict, digest_ids, pack_ids
+from dsdlab.protocol.q_rows import pack_q
 
 log = logging.getLogger("dsdlab.drafter")
 
@@ -81,6 +83,11 @@ class DrafterNode(Dialer):
         if request.mode in EDGE_DRAFTING_MODES and self._drafter is None:
             raise GenerationFailed(
                 "mode", f"mode {request.mode} needs a drafter; this node was started without one"
+            )
+        if request.acceptance == "rejection" and not isinstance(self._drafter, ModelDrafter):
+            name = "none" if self._drafter is None else self._drafter.name
+            raise GenerationFailed(
+                "mode", f"acceptance rejection needs a model as drafter; this node's is {name}"
             )
         await self.connect()
         eos_ids = self.welcome.eos_ids if self.welcome is not None and request.stop_at_eos else ()
@@ -190,7 +197,7 @@ class DrafterNode(Dialer):
         request, sampling = run.request, run.request.sampling
         frame = Open(
             session=run.session,
-            mode=request.mode if stream is None else "dsd-stream",  # on the wire all streaming is one
+            mode=_mode_on_wire(request),
             prompt=pack_ids(request.prompt_ids),
             committed=pack_ids(run.text.committed),
             gamma=request.gamma if request.mode == "cloud-sd" else 0,
@@ -236,9 +243,10 @@ class DrafterNode(Dialer):
             raise GenerationFailed("mode", "this node has no drafter")
         loop = asyncio.get_running_loop()
         request, text, record, start_s = run.request, run.text, run.record, run.start_s
+        drafter, rejection = self._drafter, request.acceptance == "rejection"
         policy = load_window_policy(request.policy, request.gamma)
         goes_on = policy.goes_on if policy.stops else None
-        async with slot_of(self._compute, self._drafter) as slot:
+        async with slot_of(self._compute, drafter) as slot:
             vocab_size = self.welcome.vocab_size if self.welcome is not None else MAX_VOCAB
             while text.finish is None:
                 base = len(text)
@@ -246,20 +254,22 @@ class DrafterNode(Dialer):
                 begun_s = loop.time()
                 draft: list[int] = []
                 t_draft_s = 0.0
-                if want > 0:
+                drawn_from: list[SparseQ] = []
+                if want > 0 and rejection and isinstance(drafter, ModelDrafter):
+                    (draft, drawn_from), t_draft_s = await draw(
+                        self._compute, drafter, slot, text, want, vocab_size, request.top_q, goes_on
+                    )
+                elif want > 0:
                     draft, t_draft_s = await propose(
-                        self._compute,
-                        self._drafter,
-                        slot,
-                        text.ids,
-                        want,
-                        text.sampling,
-                        vocab_size,
-                        (),
-                        goes_on,
+                        self._compute, drafter, slot, text.ids, want, text.sampling, vocab_size, (), goes_on
                     )
                 sent_s = loop.time()
-                await channel.send(Draft(run.session, run.epoch, base, pack_ids(draft)))
+                packed = pack_ids(draft)
+                await channel.send(
+                    DraftQ(run.session, run.epoch, base, packed, pack_q(drawn_from))
+                    if rejection
+                    else Draft(run.session, run.epoch, base, packed)
+                )
                 verdict = await self._await_verdict(channel, run, base, len(draft))
                 now_s = loop.time()
                 begun_at_s, sent_at_s, now_at_s = begun_s - start_s, sent_s - start_s, now_s - start_s
@@ -358,3 +368,10 @@ class DrafterNode(Dialer):
                     run.event("draft", now_s - compute_s - step.t_draft_s, now_s - compute_s)
                 run.event("verify" if step.drafted else "decode", now_s - compute_s, now_s)
         return run.finished()
+
+
+def _mode_on_wire(request: GenerationRequest) -> str:
+    """All streaming is one there; rejection sampling is a mode of its own."""
+    if request.acceptance == "rejection":
+        return SYNC_Q
+    return "dsd-stream" if request.mode in STREAMING_MODES else request.mode

@@ -19,6 +19,10 @@ EDGE_DRAFTING_MODES = ("edge-sd", "dsd-sync", *STREAMING_MODES)
 POLICY_MODES = ("dsd-sync", "dsd-pipelined", "dsd-adaptive")
 """Modes in which a window policy decides."""
 MAX_RUN_AHEAD = 4096
+ACCEPTANCES = ("coupled", "rejection")
+"""How a draft is judged when sampling; greedy, both are the same and the first is meant."""
+SYNC_Q = "dsd-sync-q"
+"""`dsd-sync` with rejection sampling, on the wire: drafts come with what they were drawn from."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +32,9 @@ class GenerationRequest:
     gamma: the window (`WINDOW_MODES`). run_ahead: tokens drafted and not yet judged (`dsd-pipelined`,
     `dsd-stream`). free_run: the target decodes alone whenever no draft waits (`dsd-stream`). beside: window
     of a drafter beside the target that fills up a free-running target's steps (`dsd-stream`, `dsd-adaptive`).
+    acceptance: "coupled" by shared noise, so that the ids are the target's alone; or "rejection" (`dsd-sync`
+    alone), so that their distribution is, at a price on the wire (docs/wire.md). top_q: ids that a draft's
+    distribution keeps; 0: all.
     Raises ValueError, naming the field, for what no node could serve.
     """
 
@@ -41,6 +48,8 @@ class GenerationRequest:
     run_ahead: int = RUN_AHEAD
     free_run: bool = False
     beside: int = 0
+    acceptance: str = "coupled"
+    top_q: int = 0
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -62,3 +71,18 @@ class GenerationRequest:
             )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; allowed: 1 or more")
+        self._check_acceptance()
+
+    def _check_acceptance(self) -> None:
+        if self.acceptance not in ACCEPTANCES:
+            raise ValueError(f"acceptance is {self.acceptance!r}; allowed: {', '.join(ACCEPTANCES)}")
+        if self.acceptance == "coupled":
+            if self.top_q:
+                raise ValueError(f"top_q is {self.top_q} with acceptance coupled; needs rejection")
+            return
+        if self.mode != "dsd-sync":
+            raise ValueError(f"acceptance is rejection in mode {self.mode}; needs dsd-sync")
+        if self.sampling.greedy:
+            raise ValueError("acceptance is rejection at temperature 0; needs a temperature above 0")
+        if self.top_q < 0:
+            raise ValueError(f"top_q is {self.top_q}; allowed: 0 (all) or more")

@@ -7,10 +7,10 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 
-from dsdlab.decoding import Sampling, verify
+from dsdlab.decoding import Sampling, SparseQ, verify, verify_rejection
 from dsdlab.models.base import Chunk, Engine, NoFreeSlot
 from dsdlab.models.compute import Compute, Timing
-from dsdlab.models.drafters import Drafter, GoesOn
+from dsdlab.models.drafters import Drafter, GoesOn, ModelDrafter
 from dsdlab.nodes.text import Text
 
 
@@ -45,6 +45,24 @@ def judge(
     pending = [*ids[engine.length(slot) :], *draft]
     picks = engine.choose([Chunk(slot, pending, len(draft) + 1)], [sampling])[0]
     accepted, next_id = verify(draft, picks)
+    engine.rollback(slot, len(ids) + accepted)
+    return accepted, next_id
+
+
+def judge_drawn(
+    engine: Engine,
+    slot: int,
+    ids: Sequence[int],
+    draft: Sequence[int],
+    reported: Sequence[SparseQ],
+    sampling: Sampling,
+) -> tuple[int, int]:
+    """`judge` by rejection sampling: `draft` was drawn from `reported`."""
+    pending = [*ids[engine.length(slot) :], *draft]
+    [rows] = engine.extend([Chunk(slot, pending, len(draft) + 1)])
+    accepted, next_id = verify_rejection(
+        draft, reported, list(rows), sampling, len(ids), engine.info.vocab_size, engine.output_ids
+    )
     engine.rollback(slot, len(ids) + accepted)
     return accepted, next_id
 
@@ -116,3 +134,20 @@ async def propose(
     if draft and max(draft) >= vocab_size:
         draft = draft[: next(i for i, token in enumerate(draft) if token >= vocab_size)]
     return draft, timing.compute_s
+
+
+async def draw(
+    compute: Compute,
+    drafter: ModelDrafter,
+    slot: int,
+    text: Text,
+    n: int,
+    vocab_size: int,
+    top_q: int,
+    goes_on: GoesOn | None = None,
+) -> tuple[tuple[list[int], list[SparseQ]], float]:
+    """`propose` for rejection sampling: as `ModelDrafter.draw` has it, and the seconds it took."""
+    drawn, timing = await compute.run(
+        lambda: drafter.draw(slot, text.ids, n, text.sampling, vocab_size, top_q, goes_on)
+    )
+    return drawn, timing.compute_s

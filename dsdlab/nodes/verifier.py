@@ -1,7 +1,8 @@
 """The verifier: holds the target, serves sessions. A coroutine per session, one engine for all.
 
 INVARIANT V2: a session's tokens are a function of prompt, sampling and the target alone; frames that
-come late, twice or not at all change when tokens appear, never which.
+come late, twice or not at all change when tokens appear, never which. With rejection sampling it is their
+distribution that is the target's alone, and frames that come late or twice that change nothing.
 INVARIANT V3: engine slots are opened, used and closed in the compute's order, so a slot is never given
 away while work on it is under way.
 """
@@ -17,14 +18,14 @@ from itertools import count
 
 import msgspec
 
-from dsdlab.decoding import Sampling
+from dsdlab.decoding import Sampling, SparseQ
 from dsdlab.models.base import ContextFull, Engine, NoFreeSlot
 from dsdlab.models.compute import Compute, Timing
 from dsdlab.models.drafters import Drafter
 from dsdlab.nodes.mailbox import Mailbox
-from dsdlab.nodes.request import MAX_RUN_AHEAD
+from dsdlab.nodes.request import MAX_RUN_AHEAD, SYNC_Q
 from dsdlab.nodes.slack import Slack
-from dsdlab.nodes.step import Step, decode, judge, propose, slot_of
+from dsdlab.nodes.step import Step, decode, judge, judge_drawn, propose, slot_of
 from dsdlab.nodes.target_stream import TargetStream
 from dsdlab.nodes.text import Text
 from dsdlab.protocol.channel import Channel
@@ -34,6 +35,7 @@ from dsdlab.protocol.frames import (
     Close,
     Commit,
     Draft,
+    DraftQ,
     Hello,
     Open,
     Ping,
@@ -48,14 +50,16 @@ from dsdlab.protocol.frames import (
     unpack_ids,
 )
 from dsdlab.protocol.handshake import HandshakePolicy, new_node_id, server_handshake
+from dsdlab.protocol.q_rows import unpack_q
 
 log = logging.getLogger("dsdlab.verifier")
 
 LINGER_S = 60.0
 BUSY_RETRY_MS = 250
-MAX_WAITING_DRAFTS = 64  # per session; a client that sends more has lost its way
+MAX_WAITING_DRAFTS = {Draft: 64, DraftQ: 8}  # per session, for a DraftQ may be as long as a frame
 _REMEMBERED_CLOSES = 4096
 STREAM = "dsd-stream"
+TAKES_DRAFTS: dict[str, type[Draft | DraftQ]] = {"dsd-sync": Draft, SYNC_Q: DraftQ}  # one window at a time
 
 SessionKey = tuple[str, int]  # (client's node id, session)
 
@@ -83,7 +87,7 @@ class _Session:
         self.text = text
         self.channel: Channel | None = channel
         self.connection = connection  # number of the latest one that it was reached by
-        self.drafts: Mailbox[Draft] = Mailbox()  # `dsd-sync`
+        self.drafts: Mailbox[Draft | DraftQ] = Mailbox()  # `dsd-sync`
         self.stream = stream  # `dsd-stream`
         self.sending = asyncio.Lock()
         self.task: asyncio.Task[None] | None = None
@@ -147,7 +151,7 @@ class VerifierNode:
         self._linger_s = linger_s
         info = target.info
         self._vocab_size = info.vocab_size
-        self.modes = ("cloud-ar", "dsd-sync", STREAM, *(("cloud-sd",) if drafter is not None else ()))
+        self.modes = ("cloud-ar", *TAKES_DRAFTS, STREAM, *(("cloud-sd",) if drafter is not None else ()))
         self._policy = HandshakePolicy(
             node_id=new_node_id(),
             target=info.model_id,
@@ -196,6 +200,8 @@ class VerifierNode:
             await self._on_draft(channel, (node_id, frame.session), frame)
             return
         match frame:
+            case DraftQ():
+                await self._on_draft(channel, (node_id, frame.session), frame)
             case Ping():
                 await channel.send(Pong(frame.nonce, asyncio.get_running_loop().time()))
             case Open():
@@ -268,6 +274,8 @@ class VerifierNode:
             sampling = Sampling(frame.temperature, frame.top_k, frame.top_p, frame.seed)
         except ValueError as e:
             raise ProtocolError("sampling", str(e)) from None
+        if frame.mode == SYNC_Q and sampling.greedy:
+            raise ProtocolError("sampling", f"temperature is 0 in mode {SYNC_Q}; allowed: above 0")
         eos_ids = info.eos_ids if frame.stop_at_eos else ()
         text = Text(prompt, committed, sampling, frame.max_new_tokens, eos_ids)
         if text.finish is not None:
@@ -293,20 +301,21 @@ class VerifierNode:
             if session.channel is None:
                 self._reap_later(session)
 
-    async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft) -> None:
+    async def _on_draft(self, channel: Channel, key: SessionKey, frame: Draft | DraftQ) -> None:
         session = self._sessions.get(key)
-        if session is not None and session.stream is not None:
+        if session is not None and session.stream is not None and isinstance(frame, Draft):
             self._on_streamed(session, session.stream, frame)
             return
-        if session is None or session.opened.mode != "dsd-sync":
+        if session is None or TAKES_DRAFTS.get(session.opened.mode) is not type(frame):
             if key not in self._closed:
                 await channel.send(refusal("unknown-session", "no session takes this draft", session=key[1]))
             return
         if session.text.finish is not None:
             await self._send_lacking(session, frame)
             return
-        if len(session.drafts) >= MAX_WAITING_DRAFTS:
-            raise ProtocolError("bad-frame", f"more than {MAX_WAITING_DRAFTS} drafts wait")
+        most = MAX_WAITING_DRAFTS[type(frame)]
+        if len(session.drafts) >= most:  # its client has lost its way
+            raise ProtocolError("bad-frame", f"more than {most} drafts wait")
         session.drafts.put(frame)
 
     def _on_streamed(self, session: _Session, stream: TargetStream, frame: Draft) -> None:
@@ -345,7 +354,7 @@ class VerifierNode:
 
     async def _decode(self, session: _Session, slot: int) -> None:
         text, mode = session.text, session.opened.mode
-        if mode == "dsd-sync":
+        if mode in TAKES_DRAFTS:
             await self._prefill(session, slot)
             while text.finish is None:
                 await self._judge(session, slot, await session.drafts.get())
@@ -383,6 +392,15 @@ class VerifierNode:
         """`judge`, for somebody who waits."""
         with self._slack.asked():
             return await self._compute.run(lambda: judge(self._engine, slot, text.ids, draft, text.sampling))
+
+    async def _judged_drawn(
+        self, text: Text, slot: int, draft: Sequence[int], reported: Sequence[SparseQ]
+    ) -> tuple[tuple[int, int], Timing]:
+        """`judge_drawn`, for somebody who waits."""
+        with self._slack.asked():
+            return await self._compute.run(
+                lambda: judge_drawn(self._engine, slot, text.ids, draft, reported, text.sampling)
+            )
 
     async def _prefill(self, session: _Session, slot: int) -> None:
         text = session.text
@@ -429,7 +447,7 @@ class VerifierNode:
                     session, Step(base, kept, len(window), accepted, t_beside_s, timing, beside)
                 )
 
-    async def _judge(self, session: _Session, slot: int, frame: Draft) -> None:
+    async def _judge(self, session: _Session, slot: int, frame: Draft | DraftQ) -> None:
         """Verify one window. A window behind the text is answered with what its sender lacks."""
         text = session.text
         if frame.epoch < session.epoch:
@@ -446,8 +464,14 @@ class VerifierNode:
             )
         if draft and max(draft) >= self._vocab_size:
             raise ProtocolError("bad-frame", "a drafted id is outside the vocabulary")
-        draft = draft[: text.room - 1]  # what lies behind the length limit needs no verdict
-        (accepted, next_id), timing = await self._judged(text, slot, draft)
+        room = text.room - 1  # what lies behind the length limit needs no verdict
+        if isinstance(frame, DraftQ):
+            reported = unpack_q(frame.q, draft, self._vocab_size)
+            draft = draft[:room]
+            (accepted, next_id), timing = await self._judged_drawn(text, slot, draft, reported[:room])
+        else:
+            draft = draft[:room]
+            (accepted, next_id), timing = await self._judged(text, slot, draft)
         text.append([*draft[:accepted], next_id])
         await session.send(
             Verdict(
@@ -461,7 +485,7 @@ class VerifierNode:
             )
         )
 
-    async def _send_lacking(self, session: _Session, frame: Draft) -> None:
+    async def _send_lacking(self, session: _Session, frame: Draft | DraftQ) -> None:
         """Answer a window that comes too late to be judged with every token its sender may lack."""
         session.stale_frames += 1
         base = min(max(frame.base, session.text.n_prompt), len(session.text))

@@ -207,7 +207,19 @@ class Steer(Frame, frozen=True, tag=12):
     beside: WindowCount
 
 
-AnyFrame = Hello | Welcome | Open | Resume | Draft | Verdict | Commit | Close | Error | Ping | Pong | Steer
+class DraftQ(Frame, frozen=True, tag=13):
+    """A window of drafted tokens with what they were drawn from; only in a session that asked for it."""
+
+    session: SessionId
+    epoch: Epoch
+    base: Position  # absolute position of ids[0]
+    ids: PackedWindow
+    q: bytes  # `q_rows.pack_q`: a row for each id; bounded by the frame
+
+
+AnyFrame = (
+    Hello | Welcome | Open | Resume | Draft | Verdict | Commit | Close | Error | Ping | Pong | Steer | DraftQ
+)
 
 
 def refusal(code: str, message: str, *, session: int = 0, retry_after_ms: int = 0) -> Error:

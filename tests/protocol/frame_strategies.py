@@ -10,6 +10,7 @@ from dsdlab.protocol import (
     Close,
     Commit,
     Draft,
+    DraftQ,
     Error,
     Hello,
     Open,
@@ -72,6 +73,7 @@ errors = st.builds(
 pings = st.builds(Ping, unsigned, floats)
 pongs = st.builds(Pong, unsigned, floats)
 steers = st.builds(Steer, sessions, unsigned, st.booleans(), micros, st.integers(1, MAX_WINDOW), counts)
+draft_qs = st.builds(DraftQ, sessions, epochs, positions, windows, st.binary(max_size=600))
 
 by_name = {
     "Hello": hellos,
@@ -86,5 +88,6 @@ by_name = {
     "Ping": pings,
     "Pong": pongs,
     "Steer": steers,
+    "DraftQ": draft_qs,
 }
 any_frame = st.one_of(*by_name.values())
