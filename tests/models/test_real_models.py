@@ -65,7 +65,7 @@ def load(precision: str, *, exact: bool = True, slots: int = 3) -> Engine:
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_the_same_bits_over_real_text(precision: str, tokenizer: Tokenizer) -> None:
     """100 positions each alone, then in random pieces of three sessions batched in random order.
 

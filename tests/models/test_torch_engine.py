@@ -14,7 +14,7 @@ from dsdlab.models.base import Chunk, ContextFull, Engine, ModelError, NoFreeSlo
 from dsdlab.models.torch_engine import KV_BLOCK, PREFILL_ROWS, TorchEngine
 from dsdlab.models.weights_io import load_llama_dir
 
-KINDS = ("fp32", "bf16", "int8", "drafter")
+KINDS = ("fp32", "bf16", "int8", "int4", "drafter")
 RNG = np.random.default_rng(0)
 TEXT = RNG.integers(0, VOCAB, CONTEXT).tolist()
 OTHER = RNG.integers(0, VOCAB, CONTEXT).tolist()
@@ -100,7 +100,7 @@ def test_logits_agree_with_transformers(tmp_path: Path, tied: bool) -> None:
     assert (got.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.12), ("int8", 0.25)])
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.12), ("int8", 0.25), ("int4", 0.6)])
 def test_lower_precisions_stay_near_fp32(make: Make, precision: str, error: float) -> None:
     exact, rough = (alone(make(p), TEXT, 60) for p in ("fp32", precision))
     assert np.sqrt(((exact - rough) ** 2).mean()) < error * exact.std()
@@ -333,13 +333,13 @@ def test_no_chunks_and_empty_chunks(make: Make) -> None:
 
 def test_unknown_precision(tmp_path: Path) -> None:
     weights = load_llama_dir(write_tiny_llama(tmp_path), "")
-    with pytest.raises(ModelError, match="precision is 'fp8'; allowed: bf16, fp32, int8"):
+    with pytest.raises(ModelError, match="precision is 'fp8'; allowed: bf16, fp32, int4, int8"):
         engine_of(weights, "fp8")
 
 
 def test_int8_weights_may_lie_anywhere() -> None:
     """The int8 kernel crashes on weights off a 16-byte boundary, where a file's tensors may well lie."""
-    from dsdlab.models.torch_engine import _linear
+    from dsdlab.models.linears import linear
     from dsdlab.models.weights_io import Matrix
 
     for offset in (1, 2, 8):
@@ -347,7 +347,7 @@ def test_int8_weights_may_lie_anywhere() -> None:
         start = -raw.data_ptr() % 64 + offset
         weight = raw[start : start + 80 * 48].view(80, 48)
         weight.copy_(torch.randint(-127, 127, (80, 48)))
-        linear = _linear(Matrix(weight, torch.ones(80, dtype=torch.bfloat16)), "int8", torch.device("cpu"))
+        product = linear(Matrix(weight, torch.ones(80, dtype=torch.bfloat16)), "int8", torch.device("cpu"))
         x = torch.randint(-3, 3, (9, 48)).to(torch.bfloat16)
         expected = (x.float() @ weight.float().T).to(torch.bfloat16)
-        assert torch.equal(linear(x), expected)
+        assert torch.equal(product(x), expected)
