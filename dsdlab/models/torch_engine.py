@@ -50,7 +50,8 @@ class TorchEngine(Engine):
     """A Llama-family model on CPU or CUDA.
 
     slots: sessions it can hold; max_context: positions per session (at most the model's).
-    exact=False takes the plain one-row path: the baseline that exactness is priced against.
+    exact=False takes what is fastest instead, the baseline that exactness is priced against: as many rows as
+    there are, all queries of a run in one block, and no more of the cache than they see.
     """
 
     def __init__(
@@ -70,8 +71,9 @@ class TorchEngine(Engine):
         self._device = torch.device(device)
         self._dtype = torch.float32 if info.precision == "fp32" else torch.bfloat16
         on_cuda = self._device.type == "cuda"
+        self._exact = exact
         if not exact:
-            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 1
+            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
         elif on_cuda:
             self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
         elif info.precision == "fp32":  # several threads split fp32 products by their number of rows
@@ -221,7 +223,7 @@ class TorchEngine(Engine):
     ) -> list[tuple[int, int, int, int, int, torch.Tensor]]:
         """Per run of rows: slot, first row, rows, first position, visible cache, additive mask of its blocks.
 
-        The mask is [blocks, 1, group · query_block, visible]: 0 where a query may look, -inf elsewhere.
+        The mask is [blocks, 1, group · block, visible]: 0 where a query may look, -inf elsewhere.
         A run ends where the visible cache grows, so that its length, over which the kernel sums in steps
         of its own choice, is a function of the position alone and not of what is computed with it.
         """
@@ -230,12 +232,14 @@ class TorchEngine(Engine):
         group = self._shape.num_heads // self._shape.num_kv_heads
         for slot, start, count in self._runs(part):
             visible = min((start // KV_BLOCK + 1) * KV_BLOCK, self.info.max_context)
-            blocks = -(-count // self._query_block)
-            last = torch.arange(blocks * self._query_block, device=self._device).clamp_(max=count - 1) + start
+            visible = visible if self._exact else start + count
+            block = self._query_block or count
+            blocks = -(-count // block)
+            last = torch.arange(blocks * block, device=self._device).clamp_(max=count - 1) + start
             look = torch.arange(visible, device=self._device) <= last[:, None]
             mask = torch.zeros(look.shape, dtype=self._dtype, device=self._device)
             mask.masked_fill_(~look, float("-inf"))
-            mask = mask.view(blocks, 1, 1, self._query_block, visible)
+            mask = mask.view(blocks, 1, 1, block, visible)
             mask = mask.expand(-1, -1, group, -1, -1).reshape(blocks, 1, -1, visible)
             plans.append((slot, row, count, start, visible, mask))
             row += count
@@ -246,7 +250,7 @@ class TorchEngine(Engine):
         for slot, ids, _ in part:
             start, end = self._length[slot], self._length[slot] + len(ids)
             while start < end:
-                cut = min(end, (start // KV_BLOCK + 1) * KV_BLOCK)
+                cut = min(end, (start // KV_BLOCK + 1) * KV_BLOCK) if self._exact else end
                 yield slot, start, cut - start
                 start = cut
 
@@ -256,8 +260,9 @@ class TorchEngine(Engine):
         The query heads that share a key head are folded into query rows, so the cache is never copied.
         """
         count, heads, head_dim = q.shape
-        kv_heads, block = k.shape[0], self._query_block
-        group, blocks = heads // kv_heads, mask.shape[0]
+        kv_heads, blocks = k.shape[0], mask.shape[0]
+        group = heads // kv_heads
+        block = mask.shape[2] // group
         if blocks * block != count:
             q = F.pad(q, (0, 0, 0, 0, 0, blocks * block - count))
         # [blocks, block, kv_heads, group, hd] → [blocks, kv_heads, group · block, hd]
