@@ -5,17 +5,19 @@ All do the same two things: decode greedily after a prompt, and compute a window
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from dsdlab.decoding import Sampling
-from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Chunk, Engine
 from dsdlab.models.hf_engine import cache_word
 from dsdlab.models.loading import EngineOptions, load_engine
@@ -27,13 +29,49 @@ GREEDY = Sampling()
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # in which transformers computes
 
 
+class Clock:
+    """Seconds, less those for which the calling thread waited for a core: others may want it too.
+
+    Linux tells it: proc(5), /proc/PID/schedstat. What other threads waited for is not known here.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+        with suppress(OSError):  # not Linux, or not told
+            self._file = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+
+    def __call__(self) -> float:
+        waited_ns = 0 if self._file is None else int(os.pread(self._file, 128, 0).split()[1])
+        return time.perf_counter() - waited_ns / 1e9
+
+
+now_s = Clock()
+
+
+class Stamps:
+    """When each token came; transformers' `generate` takes it for a streamer."""
+
+    def __init__(self) -> None:
+        self.at_s: list[float] = []
+
+    def put(self, _: object) -> None:
+        self.at_s.append(now_s())
+
+    def end(self) -> None:
+        pass
+
+    def ms_per_token(self, tokens: int) -> float:
+        """Over the last so many."""
+        return 1e3 * (self.at_s[-1] - self.at_s[-1 - tokens]) / tokens
+
+
 class Peer(Protocol):
     """One implementation at one precision."""
 
     name: str
 
-    def decode(self, ids: list[int], tokens: int) -> None:
-        """Read the prompt and decode so many tokens greedily."""
+    def decode(self, ids: list[int], tokens: int) -> float:
+        """Read the prompt and decode greedily; milliseconds of each of so many tokens after the first."""
 
     def hold(self, ids: list[int]) -> None:
         """Forget everything and hold CONTEXT positions of `ids`."""
@@ -51,8 +89,14 @@ class Ours:
         self.engine: Engine = load_engine(target, options)
         self._slot = self.engine.open()
 
-    def decode(self, ids: list[int], tokens: int) -> None:
-        generate_alone(self.engine, ids, GREEDY, tokens, ())
+    def decode(self, ids: list[int], tokens: int) -> float:
+        stamps = Stamps()
+        self.engine.rollback(self._slot, 0)
+        feed = ids
+        for _ in range(tokens + 1):
+            [feed] = self.engine.choose([Chunk(self._slot, feed, 1)], [GREEDY])
+            stamps.put(feed)
+        return stamps.ms_per_token(tokens)
 
     def hold(self, ids: list[int]) -> None:
         self.engine.rollback(self._slot, 0)
@@ -78,17 +122,20 @@ class Transformers:
         self._word = cache_word(self._model)
         self._cache: Any = None
 
-    def decode(self, ids: list[int], tokens: int) -> None:
+    def decode(self, ids: list[int], tokens: int) -> float:
         feed = torch.tensor([ids])
+        stamps = Stamps()
         with torch.inference_mode():
             self._model.generate(
                 feed,
                 attention_mask=torch.ones_like(feed),
-                max_new_tokens=tokens,
-                min_new_tokens=tokens,
+                max_new_tokens=tokens + 1,
+                min_new_tokens=tokens + 1,
                 do_sample=False,
                 pad_token_id=0,
+                streamer=stamps,
             )
+        return stamps.ms_per_token(tokens)
 
     def hold(self, ids: list[int]) -> None:
         from transformers import DynamicCache
@@ -116,11 +163,15 @@ class LlamaCpp:
             verbose=False,
         )  # fmt: skip
 
-    def decode(self, ids: list[int], tokens: int) -> None:
+    def decode(self, ids: list[int], tokens: int) -> float:
+        stamps = Stamps()
         self._model.reset()
-        self._model.eval(ids)
-        for _ in range(tokens - 1):
-            self._model.eval([int(self._model.scores[self._model.n_tokens - 1].argmax())])
+        feed = ids
+        for _ in range(tokens + 1):
+            self._model.eval(feed)
+            feed = [int(self._model.scores[self._model.n_tokens - 1].argmax())]
+            stamps.put(feed)
+        return stamps.ms_per_token(tokens)
 
     def hold(self, ids: list[int]) -> None:
         self._model.reset()
