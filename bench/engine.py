@@ -25,6 +25,7 @@ import torch
 from bench.engine_peers import CONTEXT, DTYPES, GREEDY, LlamaCpp, Ours, Peer, Transformers, find_gguf, now_s
 from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Chunk
+from dsdlab.models.linears import GROUP, grouped
 from dsdlab.models.loading import EngineOptions, load_tokenizer
 from dsdlab.models.torch_engine import HEAD_OF, PRECISIONS
 from dsdlab.models.weights_io import load_llama_dir
@@ -131,6 +132,20 @@ def closeness(engines: dict[str, Ours], prompt: list[int]) -> dict[str, dict[str
         }
         for precision, log in logs.items()
     }
+
+
+def int4_error() -> dict[str, float]:
+    """How far int4 weights are from the fp32 ones at most: absolutely, in levels; and in all, in percent."""
+    most = most_levels = squares = of = 0.0
+    for layer in load_llama_dir(fetch(TARGET), "").layers:
+        for matrix in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            exact = matrix.dense(torch.float32)
+            parts = grouped(exact)
+            off = (parts.dense() - exact).abs()
+            levels = off.view(*parts.scale.shape, GROUP).amax(-1) / parts.scale.float().clamp_min(1e-9)
+            most, most_levels = max(most, off.max().item()), max(most_levels, levels.max().item())
+            squares, of = squares + off.square().sum().item(), of + exact.square().sum().item()
+    return {"most": most, "most_levels": most_levels, "norm_pct": 100.0 * (squares / of) ** 0.5}
 
 
 class Report:
@@ -250,7 +265,11 @@ def main() -> None:
     prompt = tokenizer.encode_chat(PROMPT)
     exact = {p: Ours(TARGET, p) for p in PRECISIONS}
     int4 = str(getattr(exact["int4"].engine, "int4", ""))
-    print(f"int4: {int4}")
+    error = int4_error()
+    print(
+        f"int4: {int4}; weights off by {error['most']:.4f} at most, {error['most_levels']:.3f} of a level; "
+        f"{error['norm_pct']:.2f} % of their norm in all"
+    )
     fixed: list[Peer] = []
     for precision, ours in exact.items():  # what is compared is timed side by side
         fixed += [ours, Ours(TARGET, precision, exact=False)]
@@ -289,6 +308,7 @@ def main() -> None:
         "rounds": rounds,
         "default": EngineOptions().precision,
         "int4": int4,
+        "int4_error": error,
         "bandwidth_gb_s": bandwidth,
         "rows": report.rows,
         "lines": report.lines,
