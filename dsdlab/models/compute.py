@@ -19,6 +19,10 @@ class Timing(msgspec.Struct, frozen=True, gc=False):
     queue_s: float
     compute_s: float
 
+    def then(self, other: Timing) -> Timing:
+        """Of two pieces of work that are one to whoever asked."""
+        return Timing(self.queue_s + other.queue_s, self.compute_s + other.compute_s)
+
 
 class Compute(Protocol):
     """Runs work that touches an engine: one piece at a time, first come first served."""

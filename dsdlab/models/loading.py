@@ -17,7 +17,7 @@ DEFAULT_CONTEXT = 2048
 class EngineOptions:
     """How to load a model, whatever it is.
 
-    precision: bf16, fp32 or int8; device: cpu, cuda or auto; slots: sessions at once;
+    precision: bf16, fp32, int8 or int4; device: cpu, cuda or auto; slots: sessions at once;
     max_context: positions per session (cut to what the model was made for).
     """
 

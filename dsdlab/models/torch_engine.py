@@ -11,59 +11,47 @@ behind the choices.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
-from dsdlab.models.weights_io import LlamaWeights, Matrix
+from dsdlab.models.linears import Tally, linear
+from dsdlab.models.weights_io import LlamaWeights
 
-PRECISIONS = ("bf16", "fp32", "int8")
+PRECISIONS = ("bf16", "fp32", "int4", "int8")
 QUERY_BLOCK = 4  # attention query rows per block, CPU
 KV_BLOCK = 64  # the visible cache grows in steps of this many positions
 FP32_BLOCK = 8  # rows of every forward in fp32 on CPU
 CUDA_BLOCK = 16  # rows of every forward on CUDA: one shape, one kernel choice
+HEAD_OF = {"int4": "int8"}  # precisions whose head is of another: in 4 bits it moves the output most
 PREFILL_ROWS = 256  # longest forward; longer chunks are split
-
-Linear = Callable[[torch.Tensor], torch.Tensor]
-
-
-def _linear(matrix: Matrix, precision: str, device: torch.device) -> Linear:
-    """x [rows, in] → [rows, out] for one weight, in the engine's precision."""
-    if precision == "int8" and device.type == "cpu":
-        if matrix.scale is None:
-            w = matrix.weight.to(torch.float32)
-            scale = (w.abs().amax(dim=1) / 127.0).clamp_min(1e-12).to(torch.bfloat16)
-            weight = (w / scale.to(torch.float32)[:, None]).round().clamp(-127, 127).to(torch.int8)
-        else:
-            # cloned: the kernel loads whole vectors, and memory mapped from a file need not be aligned
-            weight, scale = matrix.weight.clone(), matrix.scale.to(torch.bfloat16).clone()
-        return lambda x: torch._weight_int8pack_mm(x, weight, scale)
-    dense = matrix.dense(torch.float32 if precision == "fp32" else torch.bfloat16).to(device)
-    return lambda x: F.linear(x, dense)
 
 
 class _Layer:
     """The kernels of one transformer layer."""
 
-    def __init__(self, weights: LlamaWeights, i: int, precision: str, device: torch.device) -> None:
+    def __init__(
+        self, weights: LlamaWeights, i: int, precision: str, device: torch.device, tally: Tally
+    ) -> None:
         w = weights.layers[i]
         dtype = torch.float32 if precision == "fp32" else torch.bfloat16
         self.attn_norm = w.attn_norm.to(device, dtype)
         self.mlp_norm = w.mlp_norm.to(device, dtype)
-        self.qkv = _linear(w.qkv, precision, device)
-        self.o = _linear(w.o, precision, device)
-        self.gate_up = _linear(w.gate_up, precision, device)
-        self.down = _linear(w.down, precision, device)
+        self.qkv = linear(w.qkv, precision, device, tally)
+        self.o = linear(w.o, precision, device, tally)
+        self.gate_up = linear(w.gate_up, precision, device, tally)
+        self.down = linear(w.down, precision, device, tally)
 
 
 class TorchEngine(Engine):
     """A Llama-family model on CPU or CUDA.
 
     slots: sessions it can hold; max_context: positions per session (at most the model's).
-    exact=False takes the plain one-row path: the baseline that exactness is priced against.
+    exact=False takes what is fastest instead, the baseline that exactness is priced against: as many rows as
+    there are, all queries of a run in one block, and no more of the cache than they see.
     """
 
     def __init__(
@@ -83,14 +71,15 @@ class TorchEngine(Engine):
         self._device = torch.device(device)
         self._dtype = torch.float32 if info.precision == "fp32" else torch.bfloat16
         on_cuda = self._device.type == "cuda"
+        self._exact = exact
         if not exact:
-            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 1
+            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
         elif on_cuda:
             self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
         elif info.precision == "fp32":  # several threads split fp32 products by their number of rows
             self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
         else:
-            self._min_rows = {"bf16": 2, "int8": 1}[info.precision]
+            self._min_rows = 2 if info.precision == "bf16" else 1
             self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
 
         with torch.inference_mode():
@@ -101,11 +90,14 @@ class TorchEngine(Engine):
             self._embed_proj = (
                 None
                 if weights.embed_proj is None
-                else _linear(weights.embed_proj, info.precision, self._device)
+                else linear(weights.embed_proj, info.precision, self._device)
             )
-            self._layers = [_Layer(weights, i, info.precision, self._device) for i in range(shape.num_layers)]
+            self.int4 = Tally()  # of the layers; the head is int8
+            self._layers = [
+                _Layer(weights, i, info.precision, self._device, self.int4) for i in range(shape.num_layers)
+            ]
             self._norm = weights.norm.to(self._device, self._dtype)
-            self._head = _linear(weights.head, info.precision, self._device)
+            self._head = linear(weights.head, HEAD_OF.get(info.precision, info.precision), self._device)
             self._cos, self._sin = self._rotary_tables(info.max_context)
         self._slots = slots
         self._free = list(range(slots))[::-1]
@@ -169,7 +161,7 @@ class TorchEngine(Engine):
                         wanted[index].append(block)
         width = self._embed.shape[0] if self.output_ids is None else len(self.output_ids)
         empty = np.zeros((0, width), dtype=np.float32)
-        return [np.concatenate([b.numpy() for b in blocks]) if blocks else empty for blocks in wanted]
+        return [_joined(blocks) if blocks else empty for blocks in wanted]
 
     def _parts(self, chunks: Sequence[Chunk]) -> list[list[tuple[int, list[int], int, int]]]:
         """Split ragged chunks into forwards of at most `_max_rows` rows: (slot, ids, rows, chunk index)."""
@@ -231,7 +223,7 @@ class TorchEngine(Engine):
     ) -> list[tuple[int, int, int, int, int, torch.Tensor]]:
         """Per run of rows: slot, first row, rows, first position, visible cache, additive mask of its blocks.
 
-        The mask is [blocks, 1, group · query_block, visible]: 0 where a query may look, -inf elsewhere.
+        The mask is [blocks, 1, group · block, visible]: 0 where a query may look, -inf elsewhere.
         A run ends where the visible cache grows, so that its length, over which the kernel sums in steps
         of its own choice, is a function of the position alone and not of what is computed with it.
         """
@@ -240,12 +232,14 @@ class TorchEngine(Engine):
         group = self._shape.num_heads // self._shape.num_kv_heads
         for slot, start, count in self._runs(part):
             visible = min((start // KV_BLOCK + 1) * KV_BLOCK, self.info.max_context)
-            blocks = -(-count // self._query_block)
-            last = torch.arange(blocks * self._query_block, device=self._device).clamp_(max=count - 1) + start
+            visible = visible if self._exact else start + count
+            block = self._query_block or count
+            blocks = -(-count // block)
+            last = torch.arange(blocks * block, device=self._device).clamp_(max=count - 1) + start
             look = torch.arange(visible, device=self._device) <= last[:, None]
             mask = torch.zeros(look.shape, dtype=self._dtype, device=self._device)
             mask.masked_fill_(~look, float("-inf"))
-            mask = mask.view(blocks, 1, 1, self._query_block, visible)
+            mask = mask.view(blocks, 1, 1, block, visible)
             mask = mask.expand(-1, -1, group, -1, -1).reshape(blocks, 1, -1, visible)
             plans.append((slot, row, count, start, visible, mask))
             row += count
@@ -256,7 +250,7 @@ class TorchEngine(Engine):
         for slot, ids, _ in part:
             start, end = self._length[slot], self._length[slot] + len(ids)
             while start < end:
-                cut = min(end, (start // KV_BLOCK + 1) * KV_BLOCK)
+                cut = min(end, (start // KV_BLOCK + 1) * KV_BLOCK) if self._exact else end
                 yield slot, start, cut - start
                 start = cut
 
@@ -266,8 +260,9 @@ class TorchEngine(Engine):
         The query heads that share a key head are folded into query rows, so the cache is never copied.
         """
         count, heads, head_dim = q.shape
-        kv_heads, block = k.shape[0], self._query_block
-        group, blocks = heads // kv_heads, mask.shape[0]
+        kv_heads, blocks = k.shape[0], mask.shape[0]
+        group = heads // kv_heads
+        block = mask.shape[2] // group
         if blocks * block != count:
             q = F.pad(q, (0, 0, 0, 0, 0, blocks * block - count))
         # [blocks, block, kv_heads, group, hd] → [blocks, kv_heads, group · block, hd]
@@ -293,3 +288,8 @@ class TorchEngine(Engine):
         chosen = F.rms_norm(chosen, (self._shape.hidden_size,), self._norm, self._shape.rms_norm_eps)
         logits = self._head(chosen)[: len(wanted)].float().cpu()
         return list(logits.split([rows for _, _, rows in part]))
+
+
+def _joined(blocks: list[torch.Tensor]) -> Logits:
+    """Logits of one chunk [rows, n_out]; those of a single forward are not copied."""
+    return blocks[0].numpy() if len(blocks) == 1 else np.concatenate([b.numpy() for b in blocks])

@@ -25,7 +25,7 @@ from dsdlab.models.drafters import Drafter
 from dsdlab.nodes.mailbox import Mailbox
 from dsdlab.nodes.request import MAX_RUN_AHEAD, SYNC_Q
 from dsdlab.nodes.slack import Slack
-from dsdlab.nodes.step import Step, decode, judge, judge_drawn, propose, slot_of
+from dsdlab.nodes.step import Step, decode, judge, judge_drawn, propose, read_ahead, slot_of
 from dsdlab.nodes.target_stream import TargetStream
 from dsdlab.nodes.text import Text
 from dsdlab.protocol.channel import Channel
@@ -404,10 +404,12 @@ class VerifierNode:
 
     async def _prefill(self, session: _Session, slot: int) -> None:
         text = session.text
-        (_, next_id), timing = await self._judged(text, slot, ())
+        with self._slack.asked():
+            read = await read_ahead(text, self._engine, slot, self._compute)
+            (_, next_id), timing = await self._judged(text, slot, ())
         base = len(text)
         kept = text.append([next_id])
-        await self._commit(session, Step(base, kept, 0, 0, 0.0, timing))
+        await self._commit(session, Step(base, kept, 0, 0, 0.0, read.then(timing)))
 
     async def _stream(self, session: _Session, stream: TargetStream, slot: int) -> None:
         """`dsd-stream`: judge what has come whenever the target is free, decode alone at the pace's word."""

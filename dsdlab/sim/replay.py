@@ -22,7 +22,7 @@ rows: those whose token is not chosen greedily)."""
 
 
 class ReplayTarget(Engine):
-    """The recorded target. A session's first `choose` brings its prompt and sampling, which find its text.
+    """The recorded target. A session's prompt and sampling find its text, when first a token is wanted.
 
     What it says at a position is the text's token there, whatever was drafted: after a wrong draft nobody
     looks. Past the end of the text it says an end of sequence. Raises TraceError for an unknown prompt.
@@ -44,6 +44,7 @@ class ReplayTarget(Engine):
         self._free = list(range(slots))[::-1]
         self._length: dict[int, int] = {}
         self._said: dict[int, list[int]] = {}  # prompt and text of each session that has begun
+        self._read: dict[int, list[int]] = {}  # the pieces of a prompt that came so far, before that
 
     def open(self) -> int:
         if not self._free:
@@ -56,6 +57,7 @@ class ReplayTarget(Engine):
         if self._length.pop(slot, None) is not None:
             self._free.append(slot)
             self._said.pop(slot, None)
+            self._read.pop(slot, None)
 
     def length(self, slot: int) -> int:
         return self._length[slot]
@@ -79,7 +81,7 @@ class ReplayTarget(Engine):
                     f"{held + n} positions; {self.info.model_id} is traced for {self.info.max_context}"
                 )
             if slot not in texts:
-                texts[slot] = self._trace.find(chunk.ids, sampling).said
+                self._begin(chunk, sampling)
             tokens += n
             context += held
             if not sampling.greedy:
@@ -88,12 +90,21 @@ class ReplayTarget(Engine):
         for chunk in chunks:
             slot, rows = chunk.slot, chunk.rows
             after = lengths[slot] = lengths[slot] + len(chunk.ids)
-            said = texts[slot][after - rows + 1 : after + 1]
+            said = texts[slot][after - rows + 1 : after + 1] if rows else []
             if len(said) < rows:
                 said += [self._end] * (rows - len(said))
             out.append(said)
         self._charge(tokens, len(chunks), context, drawn)
         return out
+
+    def _begin(self, chunk: Chunk, sampling: Sampling) -> None:
+        """Take a piece of a prompt; the last one, of which tokens are wanted, finds the text."""
+        read = self._read.pop(chunk.slot, [])[: self._length[chunk.slot]]
+        read += chunk.ids
+        if chunk.rows:
+            self._said[chunk.slot] = self._trace.find(read, sampling).said
+        else:
+            self._read[chunk.slot] = read
 
 
 class _Session:

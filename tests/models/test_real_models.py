@@ -12,6 +12,7 @@ from dsdlab.models.base import Chunk, Engine
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
 from dsdlab.models.selftest import selftest
 from dsdlab.models.tokenizer import Tokenizer
+from dsdlab.models.torch_engine import TorchEngine
 from dsdlab.models.zoo import fetch
 
 pytestmark = pytest.mark.model
@@ -65,7 +66,7 @@ def load(precision: str, *, exact: bool = True, slots: int = 3) -> Engine:
     )
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int8"])
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int4"])
 def test_the_same_bits_over_real_text(precision: str, tokenizer: Tokenizer) -> None:
     """100 positions each alone, then in random pieces of three sessions batched in random order.
 
@@ -101,8 +102,16 @@ def test_the_same_bits_over_real_text(precision: str, tokenizer: Tokenizer) -> N
     assert compared == 3 * len(expected) >= 300
 
 
-def test_the_selftest_on_the_real_target() -> None:
-    result = selftest(load("bf16", slots=2))
+def test_the_real_target_keeps_its_four_bits() -> None:
+    """Its file is Q4_1: every group of every layer is found again; nothing is rounded to a level twice."""
+    engine = load("int4", slots=1)
+    assert isinstance(engine, TorchEngine)
+    assert engine.int4.on_grid == engine.int4.groups == 30 * (960 * 576 + 576 * 576 + 3 * 1536 * 576) // 32
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int4"])
+def test_the_selftest_on_the_real_target(precision: str) -> None:
+    result = selftest(load(precision, slots=2))
     assert result.exact, result
     assert result.elements >= 10_000_000
 

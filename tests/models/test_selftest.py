@@ -15,7 +15,7 @@ from dsdlab.models.selftest import selftest
 from dsdlab.models.torch_engine import TorchEngine
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
 def test_the_exact_engine_passes(tmp_path: Path, precision: str) -> None:
     result = selftest(tiny_target(tmp_path, precision))
     assert (result.exact, result.differing, result.positions) == (True, 0, 72)

@@ -13,8 +13,9 @@ from tiny_models import CONTEXT, VOCAB, engine_of, tiny_drafter, tiny_target, wr
 from dsdlab.models.base import Chunk, ContextFull, Engine, ModelError, NoFreeSlot
 from dsdlab.models.torch_engine import KV_BLOCK, PREFILL_ROWS, TorchEngine
 from dsdlab.models.weights_io import load_llama_dir
+from dsdlab.nodes.step import PROMPT_PIECE
 
-KINDS = ("fp32", "bf16", "int8", "drafter")
+KINDS = ("fp32", "bf16", "int8", "int4", "drafter")
 RNG = np.random.default_rng(0)
 TEXT = RNG.integers(0, VOCAB, CONTEXT).tolist()
 OTHER = RNG.integers(0, VOCAB, CONTEXT).tolist()
@@ -100,7 +101,7 @@ def test_logits_agree_with_transformers(tmp_path: Path, tied: bool) -> None:
     assert (got.argmax(1) == expected.argmax(1)).all()
 
 
-@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.12), ("int8", 0.25)])
+@pytest.mark.parametrize(("precision", "error"), [("bf16", 0.12), ("int8", 0.25), ("int4", 0.6)])
 def test_lower_precisions_stay_near_fp32(make: Make, precision: str, error: float) -> None:
     exact, rough = (alone(make(p), TEXT, 60) for p in ("fp32", precision))
     assert np.sqrt(((exact - rough) ** 2).mean()) < error * exact.std()
@@ -211,6 +212,28 @@ def test_long_prefill_and_long_context(make: Make, reference: Reference, kind: s
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_in_pieces(make: Make, reference: Reference, kind: str) -> None:
+    """Pieces of any size, another session's windows between them, and then windows of every size behind."""
+    engine = make(kind)
+    expected = reference(kind)
+    n = 300
+    for piece in (7, 64, PROMPT_PIECE, n):
+        slot, other = engine.open(), engine.open()
+        at = 0
+        for start in range(0, n, piece):
+            engine.extend([Chunk(slot, TEXT[start : min(start + piece, n)], 0)])
+            got = engine.extend([Chunk(other, TEXT[at : at + 5], 5)])[0]
+            assert same_bits(got, expected[at : at + 5]), (piece, at)
+            at += 5
+        for size in range(1, 18):
+            got = engine.extend([Chunk(slot, TEXT[n : n + size], size)])[0]
+            assert same_bits(got, expected[n : n + size]), (piece, size)
+            engine.rollback(slot, n)
+        engine.close(slot)
+        engine.close(other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_windows_across_every_step_of_the_cache(make: Make, reference: Reference, kind: str) -> None:
     """A kernel sums a longer cache in other steps: a window must not lend its length to its first rows."""
     engine = make(kind)
@@ -226,16 +249,16 @@ def test_windows_across_every_step_of_the_cache(make: Make, reference: Reference
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_in_any_order(make: Make, reference: Reference, kind: str) -> None:
-    """Up to four sessions of two texts in one ragged forward, of unequal lengths, in any order."""
-    engine = make(kind)
+    """Up to eight sessions of two texts in one ragged forward, of unequal lengths, in any order."""
+    engine = make(kind, slots=8)
     n = 110
-    texts = [TEXT, OTHER, TEXT, OTHER]
-    expected = [reference(kind), alone(engine, OTHER, n)] * 2
+    texts = [TEXT, OTHER] * 4
+    expected = [reference(kind), alone(engine, OTHER, n)] * 4
     slots = [engine.open() for _ in texts]
-    at = [0, 0, 0, 0]
+    at = [0] * 8
     rng = np.random.default_rng(3)
     while min(at) < n:
-        turn = [i for i in rng.permutation(4) if at[i] < n and rng.random() < 0.7]
+        turn = [i for i in rng.permutation(8) if at[i] < n and rng.random() < 0.7]
         sizes = {i: min(n - at[i], int(rng.integers(0, rng.choice([3, 18, 60])))) for i in turn}
         chunks = [Chunk(slots[i], texts[i][at[i] : at[i] + sizes[i]], sizes[i]) for i in turn]
         for i, got in zip(turn, engine.extend(chunks), strict=True):
@@ -333,13 +356,13 @@ def test_no_chunks_and_empty_chunks(make: Make) -> None:
 
 def test_unknown_precision(tmp_path: Path) -> None:
     weights = load_llama_dir(write_tiny_llama(tmp_path), "")
-    with pytest.raises(ModelError, match="precision is 'fp8'; allowed: bf16, fp32, int8"):
+    with pytest.raises(ModelError, match="precision is 'fp8'; allowed: bf16, fp32, int4, int8"):
         engine_of(weights, "fp8")
 
 
 def test_int8_weights_may_lie_anywhere() -> None:
     """The int8 kernel crashes on weights off a 16-byte boundary, where a file's tensors may well lie."""
-    from dsdlab.models.torch_engine import _linear
+    from dsdlab.models.linears import linear
     from dsdlab.models.weights_io import Matrix
 
     for offset in (1, 2, 8):
@@ -347,7 +370,7 @@ def test_int8_weights_may_lie_anywhere() -> None:
         start = -raw.data_ptr() % 64 + offset
         weight = raw[start : start + 80 * 48].view(80, 48)
         weight.copy_(torch.randint(-127, 127, (80, 48)))
-        linear = _linear(Matrix(weight, torch.ones(80, dtype=torch.bfloat16)), "int8", torch.device("cpu"))
+        product = linear(Matrix(weight, torch.ones(80, dtype=torch.bfloat16)), "int8", torch.device("cpu"))
         x = torch.randint(-3, 3, (9, 48)).to(torch.bfloat16)
         expected = (x.float() @ weight.float().T).to(torch.bfloat16)
-        assert torch.equal(linear(x), expected)
+        assert torch.equal(product(x), expected)

@@ -132,6 +132,17 @@ def test_whole_generations(weights: LlamaWeights, kind: str, sampling: str) -> N
         assert kind == "model" or max(rows - {max(rows)}) > 3
 
 
+@pytest.mark.parametrize("mode", ["cloud-ar", "cloud-sd", "dsd-sync", "dsd-stream"])
+def test_a_prompt_in_pieces(weights: LlamaWeights, monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    """Each piece is a forward of its own, in replay too, and only the last one finds the text."""
+    pair = Pair(weights, "model", COUPLED)
+    monkeypatch.setattr("dsdlab.nodes.step.PROMPT_PIECE", 3)
+    request = GenerationRequest(PROMPT, mode, gamma=4, sampling=COUPLED, max_new_tokens=12, stop_at_eos=False)
+    real, ours = pair.real(request), pair.replayed(request)
+    assert ours[0].ids == real[0].ids == list(pair.text.ids[:12])
+    assert ours[1][:3] == real[1][:3] == [(3, 1, 0), (3, 1, 3), (1, 1, 6)]
+
+
 @pytest.mark.parametrize("kind", ["model", "lookup first"])
 @pytest.mark.parametrize("seed", range(6))
 def test_windows_in_any_order(weights: LlamaWeights, kind: str, seed: int) -> None:
