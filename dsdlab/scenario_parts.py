@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from dsdlab.models.emulated import check_persist
+from dsdlab.models.zoo import default_precision
 from dsdlab.nodes.request import MAX_RUN_AHEAD
 from dsdlab.policies import RUN_AHEAD, window_policy_names
 from dsdlab.protocol.frames import MAX_WINDOW
@@ -58,7 +59,8 @@ class Models(Part):
     """Which pair, and in which precision the target computes.
 
     edge_target, edge_drafter: what edge nodes load instead, where they are not as fast as the cloud's. The
-    edge's target (`edge-sd`) must say what `target` says: every id is compared.
+    edge's target (`edge-sd`) must say what `target` says: every id is compared. precision: unless given, the
+    one that the target's weights were stored for (`default_precision`).
     """
 
     target: str = "smollm2-135m-instruct"
@@ -67,6 +69,14 @@ class Models(Part):
     edge_drafter: str | None = None
     precision: Literal["bf16", "fp32", "int8", "int4"] = "bf16"
     max_context: Annotated[int, Field(ge=16, le=1 << 20)] = 2048
+
+    @model_validator(mode="before")
+    @classmethod
+    def _own_precision(cls, given: Any) -> Any:
+        if not isinstance(given, dict) or "precision" in given:
+            return given
+        target = given.get("target", cls.model_fields["target"].default)
+        return given | {"precision": default_precision(target) if isinstance(target, str) else "bf16"}
 
 
 class Workload(Part):

