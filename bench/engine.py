@@ -22,7 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.engine_peers import CONTEXT, DTYPES, GREEDY, LlamaCpp, Ours, Peer, Transformers, find_gguf, now_s
+from bench.engine_peers import (
+    CONTEXT,
+    DTYPES,
+    GREEDY,
+    LlamaCpp,
+    Ours,
+    Peer,
+    Transformers,
+    find_gguf,
+    now_s,
+    ours,
+)
 from dsdlab.models.alone import generate_alone
 from dsdlab.models.base import Chunk
 from dsdlab.models.linears import GROUP, grouped
@@ -118,10 +129,10 @@ def closeness(engines: dict[str, Ours], prompt: list[int]) -> dict[str, dict[str
     """By precision: mean KL divergence to fp32 over decoded text; how often the best token is the same."""
     tokens = generate_alone(engines["int8"].engine, prompt, GREEDY, KL_TOKENS, ())
     logs: dict[str, Any] = {}
-    for precision, ours in engines.items():
-        slot = ours.engine.open()
-        rows = ours.engine.extend([Chunk(slot, prompt + tokens, KL_TOKENS)])[0].astype(np.float64)
-        ours.engine.close(slot)
+    for precision, peer in engines.items():
+        slot = peer.engine.open()
+        rows = peer.engine.extend([Chunk(slot, prompt + tokens, KL_TOKENS)])[0].astype(np.float64)
+        peer.engine.close(slot)
         rows -= rows.max(1, keepdims=True)
         logs[precision] = rows - np.log(np.exp(rows).sum(1, keepdims=True))  # [tokens, vocab]
     exact = logs["fp32"]
@@ -243,11 +254,11 @@ def compare(report: Report, times: Times, threads: int) -> None:
                 f"AR ({precision}, {where})", times, f"{precision} exact", LlamaCpp.name, "llama.cpp"
             )
     for precision in PRECISIONS:
-        ours, plain = f"{precision} exact", f"{precision} inexact"
-        report.compare(f"exact path ({precision}, {where})", times, ours, plain, "inexact path")
+        exact, plain = f"{precision} exact", f"{precision} inexact"
+        report.compare(f"exact path ({precision}, {where})", times, exact, plain, "inexact path")
         for what in ("decode", *map(str, ROWS)):
             name = "AR" if what == "decode" else f"t_v({what})"
-            over = 1 / ratio(times, ours, plain, what)
+            over = 1 / ratio(times, exact, plain, what)
             report.bar(f"exact {name} {precision}, {where}: x inexact", over, MOST_OVERHEAD, at_least=False)
 
 
@@ -263,16 +274,16 @@ def main() -> None:
     tokenizer = load_tokenizer(TARGET)
     assert tokenizer is not None
     prompt = tokenizer.encode_chat(PROMPT)
-    exact = {p: Ours(TARGET, p) for p in PRECISIONS}
-    int4 = str(getattr(exact["int4"].engine, "int4", ""))
+    pairs = {p: ours(TARGET, p) for p in PRECISIONS}
+    int4 = str(pairs["int4"][0].engine.int4)
     error = int4_error()
     print(
         f"int4: {int4}; weights off by {error['most']:.4f} at most, {error['most_levels']:.3f} of a level; "
         f"{error['norm_pct']:.2f} % of their norm in all"
     )
     fixed: list[Peer] = []
-    for precision, ours in exact.items():  # what is compared is timed side by side
-        fixed += [ours, Ours(TARGET, precision, exact=False)]
+    for precision, pair in pairs.items():  # what is compared is timed side by side
+        fixed += pair
         if precision in DTYPES:
             fixed.append(Transformers(TARGET, precision))
     gguf = find_gguf(TARGET)
@@ -291,7 +302,7 @@ def main() -> None:
         report.table(times, threads, bandwidth[threads])
         compare(report, times, threads)
         predicted += report.predicted(times, threads)
-    near = closeness(exact, prompt)
+    near = closeness({p: exact for p, (exact, _) in pairs.items()}, prompt)
     print()
     for precision, found in near.items():
         kl, same = found["kl_to_fp32"], found["same_best_pct"]

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 
 from dsdlab.decoding import Sampling
-from dsdlab.models.base import Chunk, Engine
+from dsdlab.models.base import Chunk
 from dsdlab.models.hf_engine import cache_word
 from dsdlab.models.loading import EngineOptions, load_engine
+from dsdlab.models.torch_engine import TorchEngine
 from dsdlab.models.wheels import fetch_gguf
 from dsdlab.models.zoo import ZOO, cache_dir, fetch
 
@@ -79,13 +80,11 @@ class Peer(Protocol):
 
 
 class Ours:
-    """This engine; exact, or its fastest inexact path."""
+    """This engine; exact, or its fastest inexact path over the same weights."""
 
-    def __init__(self, target: str, precision: str, *, exact: bool = True) -> None:
-        self.name = f"{precision} {'exact' if exact else 'inexact'}"
-        options = EngineOptions(precision, device="cpu", slots=2, max_context=MAX_CONTEXT, exact=exact)
-        self.engine: Engine = load_engine(target, options)
-        self._slot = self.engine.open()
+    def __init__(self, name: str, engine: TorchEngine) -> None:
+        self.name, self.engine = name, engine
+        self._slot = engine.open()
 
     def decode(self, ids: list[int], tokens: int) -> float:
         stamps = Stamps()
@@ -103,6 +102,13 @@ class Ours:
     def window(self, ids: list[int]) -> None:
         self.engine.choose([Chunk(self._slot, ids, len(ids))], [GREEDY])
         self.engine.rollback(self._slot, CONTEXT)
+
+
+def ours(target: str, precision: str) -> tuple[Ours, Ours]:
+    """(exact, inexact)."""
+    engine = load_engine(target, EngineOptions(precision, device="cpu", slots=2, max_context=MAX_CONTEXT))
+    assert isinstance(engine, TorchEngine)
+    return Ours(f"{precision} exact", engine), Ours(f"{precision} inexact", engine.inexact_twin())
 
 
 class Transformers:

@@ -11,6 +11,7 @@ behind the choices.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -70,17 +71,9 @@ class TorchEngine(Engine):
         self._shape = shape = weights.shape
         self._device = torch.device(device)
         self._dtype = torch.float32 if info.precision == "fp32" else torch.bfloat16
-        on_cuda = self._device.type == "cuda"
-        self._exact = exact
-        if not exact:
-            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
-        elif on_cuda:
-            self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
-        elif info.precision == "fp32":  # several threads split fp32 products by their number of rows
-            self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
-        else:
-            self._min_rows = 2 if info.precision == "bf16" else 1
-            self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
+        self._choose_shapes(exact)
+        self._slots = slots
+        self._begin_slots()
 
         with torch.inference_mode():
             embed = weights.embed.dense(self._dtype).to(self._device)
@@ -99,10 +92,31 @@ class TorchEngine(Engine):
             self._norm = weights.norm.to(self._device, self._dtype)
             self._head = linear(weights.head, HEAD_OF.get(info.precision, info.precision), self._device)
             self._cos, self._sin = self._rotary_tables(info.max_context)
-        self._slots = slots
-        self._free = list(range(slots))[::-1]
+
+    def _choose_shapes(self, exact: bool) -> None:
+        """Rows of a forward and queries of a block, by precision and device."""
+        self._exact = exact
+        if not exact:
+            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
+        elif self._device.type == "cuda":
+            self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
+        elif self.info.precision == "fp32":  # several threads split fp32 products by their number of rows
+            self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
+        else:
+            self._min_rows = 2 if self.info.precision == "bf16" else 1
+            self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
+
+    def _begin_slots(self) -> None:
+        self._free = list(range(self._slots))[::-1]
         self._length: dict[int, int] = {}
         self._kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def inexact_twin(self) -> TorchEngine:
+        """What `exact=False` gives, over the very same weights in memory: where they lie costs time too."""
+        twin = copy.copy(self)
+        twin._choose_shapes(False)
+        twin._begin_slots()
+        return twin
 
     def _rotary_tables(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and signed sin, [n, 1, head_dim]; the sign makes rotate_half a plain roll."""

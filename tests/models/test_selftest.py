@@ -32,6 +32,16 @@ def test_an_inexact_engine_is_caught(tmp_path: Path) -> None:
     assert result.differing > 100
 
 
+def test_an_inexact_twin_leaves_its_engine_exact(tmp_path: Path) -> None:
+    """They share weights, and nothing else."""
+    engine = tiny_target(tmp_path, "fp32")
+    twin = engine.inexact_twin()
+    assert not selftest(twin).exact
+    held = [twin.open() for _ in range(4)]
+    twin.extend([Chunk(held[0], [1, 2, 3], 0)])
+    assert selftest(engine).exact
+
+
 class DeepFault(TorchEngine):
     """Exact but for one bit of one logit, in windows of more than one row beyond position 300."""
 
