@@ -18,6 +18,7 @@ from dsdlab.models.weights_io import Matrix
 
 GROUP = 32  # weights that share a scale and a minimum
 LEVELS = 16
+PACKED_FOR = 16  # rows for which oneDNN lays a weight out: the largest window, near enough
 PACK_ROWS = 16  # the kernel's packing takes output rows in such blocks
 
 Linear = Callable[[torch.Tensor], torch.Tensor]
@@ -96,7 +97,27 @@ def linear(matrix: Matrix, precision: str, device: torch.device, tally: Tally | 
         if precision == "int4":
             return _int4(matrix, tally)
     dense = matrix.dense(torch.float32 if precision == "fp32" else torch.bfloat16).to(device)
+    if device.type == "cpu" and packs(precision):
+        return _packed(dense)
     return lambda x: F.linear(x, dense)
+
+
+def packs(precision: str) -> bool:
+    """Whether this processor's library takes weights of bf16 or fp32 that were laid out for it beforehand.
+
+    Half the time of one row goes into that layout where each call makes it anew, and with it the library's
+    choice among kernels by the number of rows.
+    """
+    if precision not in ("bf16", "fp32") or not torch.backends.mkldnn.is_available():
+        return False
+    return precision == "fp32" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _packed(dense: torch.Tensor) -> Linear:
+    """oneDNN's own layout of a weight, as PyTorch's compiler uses it for constant weights."""
+    weight = torch.ops.mkldnn._reorder_linear_weight(dense, PACKED_FOR)
+    apply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: apply(x, weight, None, "none", [], "")
 
 
 def _int8(matrix: Matrix) -> Linear:

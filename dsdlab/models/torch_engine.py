@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 
 from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
-from dsdlab.models.linears import Tally, linear
+from dsdlab.models.linears import Tally, linear, packs
 from dsdlab.models.weights_io import LlamaWeights
 
 PRECISIONS = ("bf16", "fp32", "int4", "int8")
 QUERY_BLOCK = 4  # attention query rows per block, CPU
 KV_BLOCK = 64  # the visible cache grows in steps of this many positions
-FP32_BLOCK = 8  # rows of every forward in fp32 on CPU
+FP32_BLOCK = 8  # rows of every forward in fp32 on a CPU whose library takes no packed weights
 CUDA_BLOCK = 16  # rows of every forward on CUDA: one shape, one kernel choice
 HEAD_OF = {"int4": "int8"}  # precisions whose head is of another: in 4 bits it moves the output most
 PREFILL_ROWS = 256  # longest forward; longer chunks are split
@@ -100,10 +100,10 @@ class TorchEngine(Engine):
             self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
         elif self._device.type == "cuda":
             self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
-        elif self.info.precision == "fp32":  # several threads split fp32 products by their number of rows
+        elif self.info.precision == "fp32" and not packs("fp32"):  # threads split products by their rows
             self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
         else:
-            self._min_rows = 2 if self.info.precision == "bf16" else 1
+            self._min_rows = 2 if self.info.precision in ("bf16", "fp32") else 1
             self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
 
     def _begin_slots(self) -> None:
