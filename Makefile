@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes bench-wire report image doctor clean
+.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes bench-wire bench-pair report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -42,6 +42,9 @@ bench-runtimes: .venv/ready
 
 bench-wire: .venv/ready
 	$(PY) -m bench.wire
+
+bench-pair: .venv/ready
+	$(PY) -m bench.pair
 
 report: .venv/ready
 	for folder in results/*/rows.jsonl; do $(PY) -m dsdlab report "$$(dirname "$$folder")"; done

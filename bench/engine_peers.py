@@ -6,7 +6,6 @@ All do the same two things: decode greedily after a prompt, and compute a window
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -19,8 +18,7 @@ from dsdlab.models.base import Chunk
 from dsdlab.models.hf_engine import cache_word
 from dsdlab.models.loading import EngineOptions, load_engine
 from dsdlab.models.torch_engine import TorchEngine
-from dsdlab.models.wheels import fetch_gguf
-from dsdlab.models.zoo import ZOO, cache_dir, fetch
+from dsdlab.models.zoo import fetch, gguf_of
 
 CONTEXT = 128  # positions before a window
 MAX_CONTEXT = 512
@@ -192,10 +190,4 @@ def find_gguf(target: str) -> Path | None:
         import llama_cpp  # noqa: F401 - whether it is there
     except ImportError:
         return None
-    model = ZOO[target]
-    final = cache_dir() / "gguf" / model.gguf
-    if not final.exists():
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent) as tmp:
-            fetch_gguf(model, Path(tmp)).replace(final)
-    return final
+    return gguf_of(target)

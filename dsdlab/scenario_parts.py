@@ -67,7 +67,7 @@ class Models(Part):
     drafter: str = "lookup+smollm2-drafter"
     edge_target: str | None = None
     edge_drafter: str | None = None
-    precision: Literal["bf16", "fp32", "int8", "int4"] = "bf16"
+    precision: Literal["bf16", "fp32", "int8", "int4", "gguf"] = "bf16"
     max_context: Annotated[int, Field(ge=16, le=1 << 20)] = 2048
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from dsdlab.models.base import Engine, ModelError, ModelInfo
 from dsdlab.models.tokenizer import Tokenizer
-from dsdlab.models.zoo import DRAFTERS, check_engine, fetch
+from dsdlab.models.zoo import DRAFTERS, LLAMA_CPP, check_engine, fetch
 
 DEFAULT_CONTEXT = 2048
 
@@ -17,7 +17,7 @@ DEFAULT_CONTEXT = 2048
 class EngineOptions:
     """How to load a model, whatever it is.
 
-    precision: bf16, fp32, int8 or int4; device: cpu, cuda or auto; slots: sessions at once;
+    precision: bf16, fp32, int8 or int4 (`llama:`: gguf); device: cpu, cuda or auto; slots: sessions at once;
     max_context: positions per session (cut to what the model was made for).
     """
 
@@ -33,7 +33,7 @@ def load_tokenizer(name: str) -> Tokenizer | None:
     if name.startswith("emulated:"):
         return None
     check_engine(name)
-    return Tokenizer(fetch(name.removeprefix("hf:")) / "tokenizer.json")
+    return Tokenizer(fetch(name.removeprefix("hf:").removeprefix(LLAMA_CPP)) / "tokenizer.json")
 
 
 def resolve_device(device: str) -> str:
@@ -56,6 +56,10 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
 
         return load_emulated(name.removeprefix("emulated:"), options.slots, options.max_context)
     device = resolve_device(options.device)
+    if name.startswith(LLAMA_CPP):
+        from dsdlab.models.llama_engine import load_llama
+
+        return load_llama(name.removeprefix(LLAMA_CPP), options)
     if name.startswith("hf:"):
         from dsdlab.models.hf_engine import load_hf
 

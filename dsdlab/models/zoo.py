@@ -47,13 +47,30 @@ ZOO = {
         architecture="Gemma3ForCausalLM",
     ),
 }
+LLAMA_CPP = "llama:"
 DRAFTERS = {"smollm2-drafter": WEIGHTS / "smollm2-drafter.safetensors"}
 
 
 def default_precision(target: str) -> str:
     """What a target computes in unless told: int4 where its weights were published in 4 bits and the torch
     engine takes them as they are, else bf16. docs/exactness.md has the measurements."""
+    if target.startswith(LLAMA_CPP):
+        return "gguf"
     return ZOO[target].precision if target in ZOO else "bf16"
+
+
+def gguf_of(name: str) -> Path:
+    """The GGUF file of a named model, fetched if need be, or the one at a path. Raises ModelError."""
+    if name in ZOO:
+        final = cache_dir() / "gguf" / name
+        if not final.exists():
+            with _finished_folder(final) as scratch:
+                fetch_gguf(ZOO[name], scratch)
+        return final / ZOO[name].gguf
+    path = Path(name).expanduser()
+    if path.suffix != ".gguf" or not path.is_file():
+        raise ModelError(f"llama:{name}: allowed: llama: and one of {', '.join(ZOO)}, or a .gguf file")
+    return path
 
 
 def cache_dir() -> Path:
@@ -154,5 +171,6 @@ def fetch(name: str) -> Path:
         return path
     known = ", ".join([*map(full_name, ZOO), *DRAFTERS])
     raise ModelError(
-        f"unknown model {name!r}; allowed: {known}, a model folder, a .gguf file, hf:FOLDER, emulated:PROFILE"
+        f"unknown model {name!r}; allowed: {known}, a model folder, a .gguf file, hf:FOLDER, "
+        "llama:FILE, emulated:PROFILE"
     )
