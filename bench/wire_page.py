@@ -40,7 +40,8 @@ def _below(found: Mapping[str, Any]) -> str:
     [full] = [row for row in found["rows"] if row["key"] == "full"]
     ids, control = found["drafter_ids"], full["law"]["control"]
     words = (
-        f"{found['target']} with {found['drafter']}, γ = {found['gamma']}, RTT {found['rtt_ms']:g} ms, "
+        f"{found['target']} ({found['precision']}) with {found['drafter']}, "
+        f"γ = {found['gamma']}, RTT {found['rtt_ms']:g} ms, "
         f"{found['runtime']} runtime, {found['link']} link, {found['cpu']}, with a load of "
         f"{found['load']:.1f} on {found['cores']} cores when it began. {found['generations']} generations of "
         f"up to {found['max_new_tokens']} tokens a scheme and rate, paired by prompt and seed; TPOT is their "

@@ -39,7 +39,7 @@ def _node_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--target", default=DEFAULT_TARGET, show_default=True, help="Target model."),
         click.option("--drafter", default=DEFAULT_DRAFTER, show_default=True, help="Drafter, or none."),
-        click.option("--precision", help="bf16, fp32, int8 or int4.  [default: the target's own]"),
+        click.option("--precision", help="bf16, fp32, int8, int4 or gguf.  [default: the target's own]"),
         click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda."),
         click.option("--threads", type=click.IntRange(1, 1024), help="Compute threads; default: the cores."),
         click.option("--slots", type=click.IntRange(1, 1024), default=8, show_default=True, help="Sessions."),

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dsdlab.models.base import ModelError
-from dsdlab.models.zoo import ZOO, cache_dir
+from dsdlab.models.zoo import ZOO, cache_dir, default_precision
 from testbed.doctor import Finding, probe_host
 from testbed.host import choose
 
@@ -19,7 +19,7 @@ _STYLE = {"ok": "green", "missing": "yellow", "info": "dim"}
 
 
 def exactness(target: str) -> tuple[Finding, bool]:
-    """The self-test of the default target in bf16, if it is in the cache; False if it found a difference."""
+    """The self-test of a target in its own precision, if it is in the cache; False: it found a difference."""
     if not (cache_dir() / "models" / target / "config.json").exists():
         return Finding("exactness", "missing", f"{target} is not in the cache", "dsdlab run 'Hello'"), True
     from dsdlab.models.loading import EngineOptions, load_engine
@@ -27,10 +27,11 @@ def exactness(target: str) -> tuple[Finding, bool]:
     from dsdlab.node_process import set_threads
 
     set_threads(None)
-    result = selftest(load_engine(target, EngineOptions(slots=3)))
+    precision = default_precision(target)
+    result = selftest(load_engine(target, EngineOptions(precision=precision, slots=3)))
     detail = (
-        f"{target} bf16: {result.elements} logits at {result.positions} positions, alone, in windows and "
-        f"in batches: {result.differing} differ"
+        f"{target} {precision}: {result.elements} logits at {result.positions} positions, alone, in windows "
+        f"and in batches: {result.differing} differ"
     )
     if result.exact:
         return Finding("exactness", "ok", detail), True

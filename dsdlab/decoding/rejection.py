@@ -62,9 +62,11 @@ def sparsify(q: npt.ArrayLike, k: int) -> SparseQ:
         near = near[np.argsort(-values[near], kind="stable")][:k]
     mass = values[near].sum()
     order = near[~(values[near] < mass / (2 * Q_LEVELS))]  # the rest would round down to nothing
-    order = order[np.argsort(-values[order], kind="stable")]
     if not mass > 0.0:
         raise ValueError("q holds no probability mass")
+    if not order.size:  # flat over more ids than there are levels: the likeliest takes them all
+        order = near[[values[near].argmax()]]
+    order = order[np.argsort(-values[order], kind="stable")]
     weights = np.floor(values[order] / mass * Q_LEVELS).astype(np.int64)
     weights[0] += Q_LEVELS - weights.sum()
     keep = weights > 0

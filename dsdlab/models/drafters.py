@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import count
 
 from dsdlab.decoding import Sampling, SparseQ, confidence, probabilities, sparsify
 from dsdlab.models.base import Chunk, Engine, ModelError
 from dsdlab.models.loading import EngineOptions, load_engine
-from dsdlab.models.zoo import DRAFTERS
+from dsdlab.models.zoo import DRAFTERS, default_precision
 
 LOOKUP = "prompt-lookup"
 LOOKUP_FIRST = "lookup+"
@@ -294,8 +295,8 @@ class LookupFirst(Drafter):
 def load_drafter(name: str, options: EngineOptions) -> Drafter:
     """A drafter by name: prompt-lookup, lookup+MODEL, or any model name. Raises ModelError.
 
-    A distilled drafter is stored in int8 and always runs in it; another model runs in
-    `options.precision`.
+    A distilled drafter is stored in int8 and always runs in it; another model runs in `options.precision`,
+    the target's, where its engine has it, and else in its own.
     """
     if name == LOOKUP:
         return PromptLookup()
@@ -304,8 +305,13 @@ def load_drafter(name: str, options: EngineOptions) -> Drafter:
         if not isinstance(model, ModelDrafter):
             raise ModelError(f"drafter {name!r}: after {LOOKUP_FIRST} a model's name is needed")
         return LookupFirst(model)
+    return ModelDrafter(load_engine(name, replace(options, precision=_precision_of(name, options.precision))))
+
+
+def _precision_of(name: str, target_precision: str) -> str:
+    """What a drafter runs in beside a target of this precision."""
     if name in DRAFTERS or name.endswith(".safetensors"):
-        options = EngineOptions(
-            precision="int8", device=options.device, slots=options.slots, max_context=options.max_context
-        )
-    return ModelDrafter(load_engine(name, options))
+        return "int8"
+    own = default_precision(name)
+    foreign = name.startswith("hf:") and target_precision not in ("bf16", "fp32")
+    return own if foreign or "gguf" in (target_precision, own) else target_precision

@@ -62,7 +62,8 @@ class LlamaEngine(Engine):
         if not 0 <= length <= self._length[slot]:
             raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
         if length < self._length[slot]:
-            self._lib.llama_memory_seq_rm(self._memory, slot, length, -1)
+            if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
+                raise ModelError(f"llama.cpp cannot take back positions of {self.info.model_id}")
             self._length[slot] = length
 
     def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:
@@ -120,7 +121,7 @@ def load_llama(name: str, options: EngineOptions) -> LlamaEngine:
         raise ModelError(f"precision is {options.precision!r}; the llama engine allows: {PRECISION}")
     try:
         import llama_cpp as lib
-    except ImportError:
+    except (ImportError, OSError, RuntimeError):  # the last two: its library does not load
         raise ModelError(
             f"model 'llama:{name}': llama.cpp is not here; pip install 'dsdlab[llama]'"
         ) from None
@@ -132,6 +133,10 @@ def load_llama(name: str, options: EngineOptions) -> LlamaEngine:
     model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
     if not model:
         raise ModelError(f"llama.cpp cannot load {path}")
+    if lib.llama_model_is_recurrent(model) or lib.llama_model_is_hybrid(model):
+        raise ModelError(
+            f"{path} has layers whose state cannot be rolled back; allowed: attention in all layers"
+        )
     vocab = lib.llama_model_get_vocab(model)
     info = ModelInfo(
         model_id=f"llama:{name}",

@@ -68,8 +68,11 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
 
 
 def _load_torch(name: str, options: EngineOptions) -> Engine:
-    from dsdlab.models.torch_engine import TorchEngine
+    from dsdlab.models.torch_engine import PRECISIONS, TorchEngine
     from dsdlab.models.weights_io import load_drafter_file, load_llama_dir
+
+    if options.precision not in PRECISIONS:  # before anything is fetched
+        raise ModelError(f"precision is {options.precision!r}; allowed: {', '.join(PRECISIONS)}")
 
     path = DRAFTERS.get(name, Path(name))
     if path.suffix == ".safetensors":

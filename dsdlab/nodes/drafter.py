@@ -27,14 +27,26 @@ from dsdlab.nodes.text import Gap, Text
 from dsdlab.policies import Outcome, load_window_policy
 from dsdlab.protocol.channel import Channel
 from dsdlab.protocol.errors import ChannelClosed, ProtocolError
-from dsdlab.protocol.frames import Close, Commit, Draft, DraftQ, Open, Resume, Verdict, digest_ids, pack_ids
-from dsdlab.protocol.q_rows import pack_q
+from dsdlab.protocol.frames import (
+    MAX_FRAME_BYTES,
+    Close,
+    Commit,
+    Draft,
+    DraftQ,
+    Open,
+    Resume,
+    Verdict,
+    digest_ids,
+    pack_ids,
+)
+from dsdlab.protocol.q_rows import pack_q, rows_that_fit
 
 log = logging.getLogger("dsdlab.drafter")
 
 MAX_REOPENED = 3  # without a token between
 MAX_GAPS = 3  # without a token between
 MAX_LEFT = 64
+FRAME_SPARE_BYTES = 64  # of a DraftQ beside its ids and distributions
 _MAX_SESSION = 0xFFFF
 MAX_VOCAB = 1 << 24
 
@@ -259,6 +271,9 @@ class DrafterNode(Dialer):
                     (draft, drawn_from), t_draft_s = await draw(
                         self._compute, drafter, slot, text, want, vocab_size, request.top_q, goes_on
                     )
+                    # a size depends on the text before a draft, not on what was drawn: leaving out is no bias
+                    fit = rows_that_fit(drawn_from, MAX_FRAME_BYTES - FRAME_SPARE_BYTES)
+                    draft, drawn_from = draft[:fit], drawn_from[:fit]
                 elif want > 0:
                     draft, t_draft_s = await propose(
                         self._compute, drafter, slot, text.ids, want, text.sampling, vocab_size, (), goes_on

@@ -74,8 +74,8 @@ async def read_ahead(text: Text, engine: Engine, slot: int, compute: Compute) ->
     """The beginning of a long text into an empty slot in pieces, the last PROMPT_PIECE rows or fewer left for
     `judge`; what it cost in all.
 
-    INVARIANT V4: between two pieces whoever else waits for the engine has a turn, so that a prompt of any
-    length delays others by PROMPT_PIECE rows at most. The engine's rows do not depend on the pieces.
+    INVARIANT V4: between two pieces whoever else waits for the engine has a turn, so that a target's prompt
+    of any length delays others by PROMPT_PIECE rows at most. The engine's rows do not depend on the pieces.
     """
     ids, sampling = text.ids, text.sampling
     cost = Timing(0.0, 0.0)

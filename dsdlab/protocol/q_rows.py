@@ -13,7 +13,7 @@ whoever needs it: the rest of the package does without numpy.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -34,6 +34,16 @@ def pack_q(rows: Iterable[SparseQ]) -> bytes:
             q.weights[1:].astype("<u2").tobytes(),
         )
     return b"".join(parts)
+
+
+def rows_that_fit(rows: Sequence[SparseQ], n_bytes: int) -> int:
+    """How many of the first distributions, each with its drafted id, are `n_bytes` of payload or fewer."""
+    used = 0
+    for count, q in enumerate(rows):
+        used += 5 * len(q.ids) + 3
+        if used > n_bytes:
+            return count
+    return len(rows)
 
 
 def unpack_q(packed: bytes, draft: list[int], vocab_size: int) -> list[SparseQ]:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tiny_models import VOCAB, engine_of, tiny_drafter, tiny_target, write_tiny_llama
 
 from dsdlab.decoding import Sampling, pick
+from dsdlab.models import drafters
 from dsdlab.models.base import Chunk, ModelError, NoFreeSlot
 from dsdlab.models.drafters import (
     FIRST_LONGEST,
@@ -282,3 +283,20 @@ def test_bad_names_are_one_line(name: str, reason: str) -> None:
     with pytest.raises(ModelError, match=reason) as error:
         load_drafter(name, EngineOptions())
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "beside", "own"),
+    [
+        ("smollm2-drafter", "int4", "int8"),
+        ("some.safetensors", "bf16", "int8"),
+        ("folder", "int4", "int4"),
+        ("folder", "gguf", "bf16"),
+        ("hf:folder", "int4", "bf16"),
+        ("hf:folder", "fp32", "fp32"),
+        ("llama:file.gguf", "bf16", "gguf"),
+        ("smollm2-135m-instruct", "gguf", "int4"),
+    ],
+)
+def test_a_drafter_runs_in_what_its_engine_has(name: str, beside: str, own: str) -> None:
+    assert drafters._precision_of(name, beside) == own

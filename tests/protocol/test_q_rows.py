@@ -20,7 +20,7 @@ from dsdlab.protocol import (
     encode,
     pack_ids,
 )
-from dsdlab.protocol.q_rows import pack_q, unpack_q
+from dsdlab.protocol.q_rows import pack_q, rows_that_fit, unpack_q
 
 V = 60
 
@@ -118,3 +118,18 @@ def test_a_draft_without_q_keeps_to_its_bound(gamma: int, base: int) -> None:
         encode(Draft(session, epoch, base, pack_ids([0xFFFFFF] * gamma)))
     )
     assert size(1, 0) <= size(0xFFFF, 0xFFFF) <= 16 + 3 * gamma
+
+
+def test_only_distributions_that_fit_a_frame_go() -> None:
+    rows = [sparsify(np.ones(k), k) for k in (10, 20, 30)]
+    sizes = [len(pack_q([q])) + 3 for q in rows]
+    for count in range(4):
+        assert rows_that_fit(rows, sum(sizes[:count])) == count
+        assert rows_that_fit(rows, sum(sizes[:count]) + 1) == count
+    assert rows_that_fit([], 0) == 0
+
+
+def test_a_distribution_flatter_than_sixteen_bits_tell() -> None:
+    """Of more ids than there are levels none has a level of its own; the likeliest takes them all."""
+    flat = sparsify(np.ones(150_000), 150_000)
+    assert (flat.ids.tolist(), flat.weights.tolist()) == ([0], [Q_LEVELS])
