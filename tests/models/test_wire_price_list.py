@@ -43,7 +43,8 @@ def found() -> dict[str, Any]:
             truth.laws[scheme.key] = wire.Law(0.75, 20.0, 0.4, 1e-30)
     rows = [wire.row_of(scheme, records, jobs, truth) for scheme in wire.SCHEMES]
     return {
-        "target": "t", "drafter": "d", "precision": "bf16", "drafter_ids": 100, "gamma": 4, "rtt_ms": 20.0, "generations": 2,
+        "target": "t", "drafter": "d", "precision": "bf16", "drafter_ids": 100,
+        "gamma": 4, "rtt_ms": 20.0, "generations": 2,
         "rates_mbit": list(wire.RATES_MBIT), "max_new_tokens": 4, "runtime": "process", "link": "modelled",
         "cpu": "a cpu", "load": 0.5, "cores": 2, "rows": rows,
     }  # fmt: skip
