@@ -182,7 +182,7 @@ def test_lookup_first_token_by_token(engine: Counted, sampling: Sampling) -> Non
     rng = np.random.default_rng(4)
     parts: set[bool] = set()
     for _ in range(6):
-        ids = rng.integers(3, 6, 14).tolist()
+        ids = rng.integers(3, 5, 30).tolist()
         slot = drafter.open()
         whole = drafter.propose(slot, ids, N, sampling)
         by_model, rows = list(drafter.by_model), list(engine.rows)
@@ -281,7 +281,7 @@ def test_the_threshold_drafts_on_through_lookup(engine: Counted) -> None:
     rng = np.random.default_rng(6)
     early = 0
     for _ in range(12):
-        ids = rng.integers(3, 6, 14).tolist()
+        ids = rng.integers(3, 5, 30).tolist()
         whole = window(drafter, ids, N, COUPLED)
         slot = drafter.open()
         said = drafter.propose(slot, ids, N, COUPLED, (), policy.goes_on)
