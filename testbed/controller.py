@@ -15,6 +15,7 @@ from typing import Any, Self
 import msgspec
 
 from dsdlab.models.measures import Measures
+from dsdlab.models.zoo import default_precision
 from dsdlab.sim.profile import LinkProfile, TcpRegime
 from dsdlab.sweep.calibration import LinkMeasure, judge
 from testbed.fabric import VERIFIER, edge_name
@@ -103,7 +104,7 @@ class Testbed:
         target: str,
         drafter: str,
         edge_models: tuple[str | None, str | None] = (None, None),
-        precision: str = "bf16",
+        precision: str | None = None,
         runtime: str = "process",
         link: str = "modelled",
         profiles: Sequence[LinkProfile] = (LinkProfile(),),
@@ -129,6 +130,7 @@ class Testbed:
         self.cpus = cpus or (CpuSplit.default() if external is None else CpuSplit.edge_alone())
         self._limits = {True: edge_limits or NodeLimits(), False: cloud_limits or NodeLimits()}
         here = (edge_models[0] or target, edge_models[1] or drafter)
+        precision = precision or default_precision(target)
         self._models = {  # by whether it is an edge node
             edge: ("--target", models[0], "--drafter", models[1], "--precision", precision)
             for edge, models in ((False, (target, drafter)), (True, here))

@@ -57,26 +57,31 @@ def test_kill_verifier_and_cut_connections(tmp_path: Path, mode: str) -> None:
     asyncio.run(main())
 
 
+LONG = 400  # tokens
+
+
 @pytest.mark.model
 def test_real_pair_survives_kill(tmp_path: Path) -> None:
     """Every mode and some windows have the target's ids, and so has a session whose verifier was killed."""
     from dsdlab.decoding import Sampling
     from dsdlab.models.alone import generate_alone
     from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
+    from dsdlab.models.zoo import default_precision
 
     target = "smollm2-135m-instruct"
     tokenizer = load_tokenizer(target)
     assert tokenizer is not None
     prompt = tokenizer.encode_chat("List four birds and say one thing about each.")
-    engine = load_engine(target, EngineOptions(slots=1, max_context=512))
-    greedy = generate_alone(engine, prompt, Sampling(), 24, engine.info.eos_ids)
-    warm = generate_alone(engine, prompt, Sampling(temperature=0.8, seed=5), 24, engine.info.eos_ids)
+    options = EngineOptions(precision=default_precision(target), slots=1, max_context=512)
+    engine = load_engine(target, options)
+    greedy = generate_alone(engine, prompt, Sampling(), 24, ())
+    warm = generate_alone(engine, prompt, Sampling(temperature=0.8, seed=5), LONG, ())
     del engine
 
-    def ask(mode: str, gamma: int, temperature: float) -> dict[str, Any]:
+    def ask(mode: str, gamma: int, temperature: float, tokens: int = 24) -> dict[str, Any]:
         return job(
             mode, gamma=gamma, prompt_ids=prompt, sampling={"temperature": temperature, "seed": 5},
-            max_new_tokens=24,
+            max_new_tokens=tokens, stop_at_eos=False,
         )  # fmt: skip
 
     async def main() -> None:
@@ -93,9 +98,9 @@ def test_real_pair_survives_kill(tmp_path: Path) -> None:
                 ("dsd-sync", 16),
             ):
                 assert (await bed.generate(ask(mode, gamma, 0.0)))["ids"] == greedy
-                assert (await bed.generate(ask(mode, gamma, 0.8)))["ids"] == warm
-            task = asyncio.create_task(bed.generate(ask("dsd-sync", 4, 0.8), 120))
-            await asyncio.sleep(0.5)
+                assert (await bed.generate(ask(mode, gamma, 0.8)))["ids"] == warm[:24]
+            task = asyncio.create_task(bed.generate(ask("dsd-sync", 4, 0.8, LONG), 120))
+            await asyncio.sleep(0.5)  # of some three seconds
             await bed.kill_verifier()
             await bed.restart_verifier()
             record = await task

@@ -17,7 +17,7 @@ SCENARIO = """
 name = "real"
 [workload]
 n_prompts = 1
-max_new_tokens = 48
+max_new_tokens = 96
 stop_at_eos = false
 [sampling]
 temperature = [0.0, 0.8]
@@ -28,7 +28,7 @@ rate_mbit = [10]
 loss_pct = [1]
 loss_burst = [2]
 [[link.steps]]
-at_s = 0.8
+at_s = 0.3
 for_s = 2.0
 partition = true
 [nodes]

@@ -134,6 +134,8 @@ def refused(cwd: Path, *args: str) -> str:
 
 REAL = """
 name = "real"
+[models]
+precision = "bf16"
 [workload]
 n_prompts = 1
 max_new_tokens = 8
