@@ -101,3 +101,32 @@ class Engine(ABC):
         """`choose` for the last position of one chunk, and how sure: see `dsdlab.decoding.confidence`."""
         row = self.extend([chunk])[0][-1]
         return pick(row, sampling, self.length(chunk.slot), self.output_ids), confidence(row, sampling)
+
+
+class SlotEngine(Engine):
+    """An engine whose sessions are slots with a length, which is all that a rollback changes."""
+
+    def _begin_slots(self, slots: int) -> None:
+        """Forget all sessions; from now on there may be this many at once."""
+        self._slots = slots
+        self._free = list(range(slots))[::-1]
+        self._length: dict[int, int] = {}
+
+    def open(self) -> int:
+        if not self._free:
+            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
+        slot = self._free.pop()
+        self._length[slot] = 0
+        return slot
+
+    def close(self, slot: int) -> None:
+        if self._length.pop(slot, None) is not None:
+            self._free.append(slot)
+
+    def length(self, slot: int) -> int:
+        return self._length[slot]
+
+    def rollback(self, slot: int, length: int) -> None:
+        if not 0 <= length <= self._length[slot]:
+            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
+        self._length[slot] = length

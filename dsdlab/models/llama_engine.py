@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
+from dsdlab.models.base import Chunk, ContextFull, Logits, ModelError, ModelInfo, SlotEngine
 
 if TYPE_CHECKING:
     from dsdlab.models.loading import EngineOptions
@@ -23,7 +23,7 @@ PRECISION = "gguf"  # whatever the file holds
 BATCH_ROWS = 512  # of a forward; longer chunks are split
 
 
-class LlamaEngine(Engine):
+class LlamaEngine(SlotEngine):
     """A GGUF model in llama.cpp; a session is one of its sequences."""
 
     def __init__(self, lib: Any, model: Any, info: ModelInfo, *, slots: int, threads: int) -> None:
@@ -39,32 +39,18 @@ class LlamaEngine(Engine):
             raise ModelError(f"llama.cpp gives {info.model_id} no context of {slots} x {info.max_context}")
         self._memory = lib.llama_get_memory(self._context)
         self._batch = lib.llama_batch_init(BATCH_ROWS, 0, 1)
-        self._slots = slots
-        self._free = list(range(slots))[::-1]
-        self._length: dict[int, int] = {}
-
-    def open(self) -> int:
-        if not self._free:
-            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
-        slot = self._free.pop()
-        self._length[slot] = 0
-        return slot
+        self._begin_slots(slots)
 
     def close(self, slot: int) -> None:
-        if self._length.pop(slot, None) is not None:
+        if slot in self._length:
             self._lib.llama_memory_seq_rm(self._memory, slot, -1, -1)
-            self._free.append(slot)
-
-    def length(self, slot: int) -> int:
-        return self._length[slot]
+        super().close(slot)
 
     def rollback(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self._length[slot]:
-            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
-        if length < self._length[slot]:
-            if not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
-                raise ModelError(f"llama.cpp cannot take back positions of {self.info.model_id}")
-            self._length[slot] = length
+        held = self._length[slot]
+        super().rollback(slot, length)
+        if length < held and not self._lib.llama_memory_seq_rm(self._memory, slot, length, -1):
+            raise ModelError(f"llama.cpp cannot take back positions of {self.info.model_id}")
 
     def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:
         for c in chunks:

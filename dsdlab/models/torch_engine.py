@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
+from dsdlab.models.base import Chunk, ContextFull, Logits, ModelError, ModelInfo, SlotEngine
 from dsdlab.models.linears import Tally, linear, packs
 from dsdlab.models.weights_io import LlamaWeights
 
@@ -47,7 +47,7 @@ class _Layer:
         self.down = linear(w.down, precision, device, tally)
 
 
-class TorchEngine(Engine):
+class TorchEngine(SlotEngine):
     """A Llama-family model on CPU or CUDA.
 
     slots: sessions it can hold; max_context: positions per session (at most the model's).
@@ -72,8 +72,7 @@ class TorchEngine(Engine):
         self._device = torch.device(device)
         self._dtype = torch.float32 if info.precision == "fp32" else torch.bfloat16
         self._choose_shapes(exact)
-        self._slots = slots
-        self._begin_slots()
+        self._begin_slots(slots)
 
         with torch.inference_mode():
             embed = weights.embed.dense(self._dtype).to(self._device)
@@ -106,16 +105,15 @@ class TorchEngine(Engine):
             self._min_rows = 2 if self.info.precision in ("bf16", "fp32") else 1
             self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
 
-    def _begin_slots(self) -> None:
-        self._free = list(range(self._slots))[::-1]
-        self._length: dict[int, int] = {}
+    def _begin_slots(self, slots: int) -> None:
+        super()._begin_slots(slots)
         self._kv: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
 
     def inexact_twin(self) -> TorchEngine:
         """What `exact=False` gives, over the very same weights in memory: where they lie costs time too."""
         twin = copy.copy(self)
         twin._choose_shapes(False)
-        twin._begin_slots()
+        twin._begin_slots(self._slots)
         return twin
 
     def _rotary_tables(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -133,10 +131,7 @@ class TorchEngine(Engine):
     # sessions ------------------------------------------------------------------------------------
 
     def open(self) -> int:
-        if not self._free:
-            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
-        slot = self._free.pop()
-        self._length[slot] = 0
+        slot = super().open()
         if slot not in self._kv:
             s = self._shape
             size = (s.num_layers, 2, s.num_kv_heads, self.info.max_context, s.head_dim)
@@ -144,18 +139,6 @@ class TorchEngine(Engine):
             cache = torch.zeros(size, dtype=self._dtype, device=self._device)
             self._kv[slot] = [(cache[i, 0], cache[i, 1]) for i in range(s.num_layers)]
         return slot
-
-    def close(self, slot: int) -> None:
-        if self._length.pop(slot, None) is not None:
-            self._free.append(slot)
-
-    def length(self, slot: int) -> int:
-        return self._length[slot]
-
-    def rollback(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self._length[slot]:
-            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
-        self._length[slot] = length
 
     # compute -------------------------------------------------------------------------------------
 

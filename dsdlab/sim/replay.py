@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import chain, islice
 
 from dsdlab.decoding import Sampling, verify
-from dsdlab.models.base import Chunk, ContextFull, Engine, Logits, ModelError, ModelInfo, NoFreeSlot
+from dsdlab.models.base import Chunk, ContextFull, Logits, ModelError, ModelInfo, SlotEngine
 from dsdlab.models.drafters import Drafter, GoesOn
 from dsdlab.sim.trace import Proposal, Trace, TracedText, TraceError
 
@@ -21,7 +21,7 @@ Charge = Callable[[int, int, int, int], None]
 rows: those whose token is not chosen greedily)."""
 
 
-class ReplayTarget(Engine):
+class ReplayTarget(SlotEngine):
     """The recorded target. A session's prompt and sampling find its text, when first a token is wanted.
 
     What it says at a position is the text's token there, whatever was drafted: after a wrong draft nobody
@@ -40,32 +40,14 @@ class ReplayTarget(Engine):
         )
         self._trace, self._charge = trace, charge
         self._end = trace.eos_ids[0] if trace.eos_ids else 0
-        self._slots = slots
-        self._free = list(range(slots))[::-1]
-        self._length: dict[int, int] = {}
+        self._begin_slots(slots)
         self._said: dict[int, list[int]] = {}  # prompt and text of each session that has begun
         self._read: dict[int, list[int]] = {}  # the pieces of a prompt that came so far, before that
 
-    def open(self) -> int:
-        if not self._free:
-            raise NoFreeSlot(f"all {self._slots} session slots of {self.info.model_id} are taken")
-        slot = self._free.pop()
-        self._length[slot] = 0
-        return slot
-
     def close(self, slot: int) -> None:
-        if self._length.pop(slot, None) is not None:
-            self._free.append(slot)
-            self._said.pop(slot, None)
-            self._read.pop(slot, None)
-
-    def length(self, slot: int) -> int:
-        return self._length[slot]
-
-    def rollback(self, slot: int, length: int) -> None:
-        if not 0 <= length <= self._length[slot]:
-            raise ValueError(f"rollback to {length}; allowed: 0 to the session's {self._length[slot]}")
-        self._length[slot] = length
+        super().close(slot)
+        self._said.pop(slot, None)
+        self._read.pop(slot, None)
 
     def extend(self, chunks: Sequence[Chunk]) -> list[Logits]:  # noqa: ARG002 - refused whatever it is
         raise ModelError("a replayed target has no logits; allowed: choose")

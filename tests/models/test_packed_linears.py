@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from needs import need
 
 from dsdlab.models.linears import linear, packs
 from dsdlab.models.weights_io import Matrix
@@ -28,8 +29,11 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_a_row_is_the_same_among_any_number_of_rows(
     precision: str, shape: tuple[int, int], threads: int
 ) -> None:
-    if not packs(precision):
-        pytest.skip(f"this processor's library takes no {precision} weights laid out beforehand")
+    need(
+        ""
+        if packs(precision)
+        else f"this processor's library takes no {precision} weights laid out beforehand"
+    )
     generator = torch.Generator().manual_seed(threads)
     weight = torch.randn(shape, generator=generator) * 0.05
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16

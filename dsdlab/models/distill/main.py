@@ -73,7 +73,8 @@ def run(
     make_data(config, teacher, prompts, data, stops, say)
     counts = token_counts(data, teacher.vocab)
 
-    validation = [e for path in sorted(data.glob("validation-*.pt")) for e in load_shard(path)]
+    held_out = (e for path in sorted(data.glob("validation-*.pt")) for e in load_shard(path))
+    validation = [e for e in held_out if e.temperature == 0]
     pool = Pool(data, "train", config.train.seed, device=device)
     bench = Bench(config, teacher, tokenizer, counts, validation, out_dir, say, pool)
     candidates = [bench.distil(shape, config.train) for shape in config.shapes]
@@ -291,8 +292,7 @@ class Bench:
 
     def _look(self, model: Student) -> dict[str, Any]:
         """A point of the learning curve."""
-        greedy = [e for e in self.validation if e.temperature == 0]
-        judged = judge(model, self.teacher.head, greedy, device=str(self.teacher.device))
+        judged = judge(model, self.teacher.head, self.validation, device=str(self.teacher.device))
         found = summary(judged, self.config.evaluate.gamma)
         return {
             "alpha": round(found["alpha"], 4),
@@ -308,8 +308,7 @@ class Bench:
             tokenizer=self.tokenizer.fingerprint, recipe=recipe,
         )  # fmt: skip
         exported, _ = load_exported(file)
-        greedy = [e for e in self.validation if e.temperature == 0]
-        judged = judge(exported, self.teacher.head, greedy, device=str(self.teacher.device))
+        judged = judge(exported, self.teacher.head, self.validation, device=str(self.teacher.device))
         t_draft_ms = draft_ms(exported.cpu())
         tpot = {
             f"{rtt_ms:g}": predict_tpot(

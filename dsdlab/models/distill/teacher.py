@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dsdlab.models.distill.kernels import attend, pick
+from dsdlab.models.distill.kernels import READ_BLOCK, attend, pick
 from dsdlab.models.weights_io import LlamaWeights, Matrix
 
 PREFILL_TOKENS, PREFILL_TOKENS_DEVICE = 2048, 65_536  # padded prompt tokens a forward, CPU and elsewhere
 LSE_ROWS = 4096  # rows of full logits at a time
-ALIGN = 64  # the store's positions are a multiple of this, and so is what a step reads of it
 CHECK_EVERY = 8  # steps between two looks, off the CPU, at which sequences have ended
 
 
@@ -162,7 +161,7 @@ class Teacher:
         Sequences end at a stop id (kept) or after max_new tokens. generator: of the CPU.
         """
         count, on_cpu = len(prompts), self.device.type == "cpu"
-        capacity = -(-(max(len(p) for p in prompts) + max_new) // ALIGN) * ALIGN
+        capacity = -(-(max(len(p) for p in prompts) + max_new) // READ_BLOCK) * READ_BLOCK
         shape = (len(self.layers), 2, count, self.kv, capacity, self.hd)
         store = torch.zeros(shape, dtype=self.dtype, device=self.device)
         starts, last, cold = self._read(prompts, list(starts), store)
