@@ -302,8 +302,9 @@ def probe(
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/distill"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on in a folder that is not empty.")
+@click.option("--only", default="", help="Do this part alone: text, or a shape (several train side by side).")
 @click.argument("prompts", nargs=-1, type=click.Path())
-def distill(config: Path | None, out: Path, resume: bool, prompts: tuple[str, ...]) -> None:
+def distill(config: Path | None, out: Path, resume: bool, only: str, prompts: tuple[str, ...]) -> None:
     """Train a drafter for a target; PROMPTS are JSONL files beside the built-in and self-written ones."""
 
     def action() -> Any:
@@ -312,12 +313,15 @@ def distill(config: Path | None, out: Path, resume: bool, prompts: tuple[str, ..
 
         path = config or Path(distillation.__file__).with_name("default.toml")
         try:
-            return distillation.run(path, out, resume, prompts)
+            return distillation.run(path, out, resume, prompts, only=only)
         except ValueError as e:
             raise ModelError(str(e)) from None
 
     result = guarded(action)
-    click.echo(f"best shape: {result['chosen']}; weights: {result['file']}")
+    if only:
+        click.echo(f"{only}: done; the rest: the same command with --resume and without --only")
+    else:
+        click.echo(f"best shape: {result['chosen']}; weights: {result['file']}")
 
 
 @main.command()

@@ -186,6 +186,8 @@ def test_packed_continuations_do_not_see_each_other() -> None:
     assert (batch.weight == 0.25).sum() == 4 + 2  # prompt positions before the last one
     alone = collate(pack_all(every, most=1, prompt_weight=0.25))
     assert alone.mask is None
+    assert torch.equal(alone.weight, batch.weight)
+    assert torch.equal(alone.lse, batch.lse)
     got = student.body(alone.ids).flatten(0, 1)[alone.index]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
@@ -299,12 +301,12 @@ def test_rows_and_their_map() -> None:
 def test_lookup_against_brute_force() -> None:
     ids = torch.randint(0, 4, (200,), generator=torch.Generator().manual_seed(11)).tolist()
 
-    def slow(end: int) -> int:
+    def slow(end: int) -> tuple[int, int]:
         for n in (3, 2):
             for at in range(end - 1, n - 1, -1):
                 if end >= n and ids[at - n : at] == ids[end - n : end]:
-                    return int(ids[at])
-        return -1
+                    return int(ids[at]), n
+        return -1, 0
 
     assert lookup(ids, 3, 2) == [slow(end) for end in range(1, len(ids) + 1)]
 
@@ -451,6 +453,8 @@ def test_distil_end_to_end_and_resume(tmp_path: Path, weights: LlamaWeights) -> 
     assert "| mean |" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(ValueError, match="is not empty"):
         run(config, tmp_path / "out", say=said.append)
+    with pytest.raises(ValueError, match=r"only is 'tall'; allowed with .*c\.toml: text, whole, small"):
+        run(config, tmp_path / "out", resume=True, say=said.append, only="tall")
     (tmp_path / "out" / "whole.json").unlink()  # as if it had been stopped before that shape's end
     said.clear()
     again = run(config, tmp_path / "out", resume=True, prompt_files=[str(more)], say=said.append)
@@ -464,7 +468,14 @@ def test_distil_end_to_end_and_resume(tmp_path: Path, weights: LlamaWeights) -> 
     shape = f'[[shapes]]\nname = "on"\nfile = "{result["file"]}"\nseed = 5\n'
     final = "[final]\npositions = 600\nbatch_positions = 100\noverlap_weight = 1.0\noverlap_from = 0.2\n"
     config.write_text(text[:started] + shape + text[trained:] + final)
-    further = run(config, tmp_path / "further", prompt_files=[str(more)], say=said.append)
+    files = [str(more)]
+    assert run(config, tmp_path / "further", prompt_files=files, say=said.append, only="text") == {}
+    alone = run(config, tmp_path / "further", True, files, said.append, only="on")
+    said.clear()
+    further = run(config, tmp_path / "further", True, files, said.append)
+    assert "on: already trained" in said
+    assert not any(line.startswith("generate") for line in said)
+    assert alone["recipe"] == further["candidates"][0]["recipe"]
     first, longer = further["candidates"]
     assert (first["shape"], longer["shape"]) == ("on", "on-longer")
     assert first["recipe"]["from"] == result["file"]

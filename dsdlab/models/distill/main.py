@@ -35,6 +35,7 @@ from dsdlab.models.weights_io import load_llama_dir
 from dsdlab.models.zoo import DRAFTERS, fetch
 
 Say = Callable[[str], None]
+TEXT = "text"  # what comes before the shapes
 SPECIAL_IDS = 3  # end of text and the turn marks are always kept
 SAMPLE_TOKENS = 200  # length of the texts on which neurons are ranked
 
@@ -45,14 +46,20 @@ def run(
     resume: bool = False,
     prompt_files: Sequence[str] = (),
     say: Say | None = None,
+    only: str = "",
 ) -> dict[str, Any]:
     """Distil a drafter as `config_path` says; everything lands in `out_dir`.
 
     resume: go on where an earlier run in the same folder stopped. prompt_files: further jsonl files.
-    Returns the report, which is also in out_dir/report.json and report.md. Raises ValueError or ModelError
-    with one line for the user.
+    only: "text", or the name of a shape, and nothing further is done: shapes can then train side by side,
+    and are timed one after the other by the run that follows without it.
+    Returns the report, which is also in out_dir/report.json and report.md; with `only` {} or what is known of
+    the shape. Raises ValueError or ModelError with one line for the user.
     """
     config = load_config(config_path)
+    parts = [TEXT, *(shape.name for shape in config.shapes)]
+    if only and only not in parts:
+        raise ValueError(f"only is {only!r}; allowed with {config_path}: {', '.join(parts)}")
     say = say or _say
     if not resume and out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty; allowed: an empty or new folder, or --resume")
@@ -71,12 +78,16 @@ def run(
     prompts = gather_prompts(config, files, teacher, Template(tokenizer), out_dir / "prompts.json", say)
     stops = eos_of(folder)
     make_data(config, teacher, prompts, data, stops, say)
+    if only == TEXT:
+        return {}
     counts = token_counts(data, teacher.vocab)
 
     held_out = (e for path in sorted(data.glob("validation-*.pt")) for e in load_shard(path))
     validation = [e for e in held_out if e.temperature == 0]
     pool = Pool(data, "train", config.train.seed, device=device)
     bench = Bench(config, teacher, tokenizer, counts, validation, out_dir, say, pool)
+    if only:
+        return bench.train(next(s for s in config.shapes if s.name == only), config.train)
     candidates = [bench.distil(shape, config.train) for shape in config.shapes]
     best = min(candidates, key=cost_ms)
     say(f"best by predicted time per token: {best['shape']}")
@@ -235,7 +246,19 @@ class Bench:
     pool: Pool
 
     def distil(self, shape: ShapeConfig, training: TrainConfig, start: Path | None = None) -> dict[str, Any]:
-        """Train, export and judge one shape; a finished one is read back from its result file.
+        """Train a shape, unless that was done before, judge it and time it; see `train`."""
+        result = self.train(shape, training, start)
+        if "tpot_ms" not in result:
+            result |= self._judge(self.out_dir / result["file"])
+            (self.out_dir / f"{shape.name}.json").write_text(json.dumps(result, indent=1))
+        self.say(
+            f"{shape.name}: {result['bytes']:,} bytes, {result['t_draft_ms']:.2f} ms a token, "
+            f"predicted ms per token {result['tpot_ms']}"
+        )
+        return result
+
+    def train(self, shape: ShapeConfig, training: TrainConfig, start: Path | None = None) -> dict[str, Any]:
+        """Train and export one shape; a finished one is read back from its result file.
 
         training: but for what the shape itself asks for. start: a checkpoint of the same shape whose weights
         to begin with.
@@ -267,12 +290,20 @@ class Bench:
             "seed": training.seed,
             "on_policy_positions": self.pool.positions,
         }
-        result = self._judge(shape, student, recipe) | {"curve": progress.curve, "recipe": recipe}
+        file = self.out_dir / f"{shape.name}.safetensors"
+        size = export(
+            student, file, vocab=self.teacher.vocab, base=self.config.base,
+            tokenizer=self.tokenizer.fingerprint, recipe=recipe,
+        )  # fmt: skip
+        result = {
+            "shape": shape.name,
+            "file": file.name,
+            "bytes": size,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "curve": progress.curve,
+            "recipe": recipe,
+        }
         done.write_text(json.dumps(result, indent=1))
-        self.say(
-            f"{shape.name}: {result['bytes']:,} bytes, {result['t_draft_ms']:.2f} ms a token, "
-            f"predicted ms per token {result['tpot_ms']}"
-        )
         return result
 
     def _begin(self, shape: ShapeConfig, seed: int) -> Student:
@@ -300,13 +331,9 @@ class Bench:
             "tasks": {task: round(v["alpha"], 4) for task, v in found["tasks"].items()},
         }
 
-    def _judge(self, shape: ShapeConfig, student: Student, recipe: dict[str, Any]) -> dict[str, Any]:
-        """Export a student, and judge and time what was exported."""
-        file, cost = self.out_dir / f"{shape.name}.safetensors", self.config.evaluate
-        size = export(
-            student, file, vocab=self.teacher.vocab, base=self.config.base,
-            tokenizer=self.tokenizer.fingerprint, recipe=recipe,
-        )  # fmt: skip
+    def _judge(self, file: Path) -> dict[str, Any]:
+        """Judge and time what was exported."""
+        cost = self.config.evaluate
         exported, _ = load_exported(file)
         judged = judge(exported, self.teacher.head, self.validation, device=str(self.teacher.device))
         t_draft_ms = draft_ms(exported.cpu())
@@ -316,12 +343,4 @@ class Bench:
             )[0]
             for rtt_ms in cost.rtts_ms
         }
-        return {
-            "shape": shape.name,
-            "file": file.name,
-            "bytes": size,
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "t_draft_ms": t_draft_ms,
-            "tpot_ms": tpot,
-            "validation": summary(judged, cost.gamma),
-        }
+        return {"t_draft_ms": t_draft_ms, "tpot_ms": tpot, "validation": summary(judged, cost.gamma)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -110,8 +111,14 @@ def generate_shards(
     seed: int,
     say: Callable[[str], None],
 ) -> int:
-    """Generate shard after shard until the budget or the time is used up. Returns generated tokens."""
+    """Generate shard after shard until the budget or the time is used up. Returns generated tokens.
+
+    A note in the folder says when that was, so that text made before is not added to by going on with a run.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    note, asked = folder / f"{prefix}.done.json", [config.token_budget, config.minutes, len(prompts)]
+    if note.exists() and (made := json.loads(note.read_text()))["asked"] == asked:
+        return int(made["tokens"])
     began = time.monotonic()
     total = 0
     batches = plan(prompts, config, seed)
@@ -155,6 +162,7 @@ def generate_shards(
     if saving is not None:
         saving.result()
     saver.shutdown()
+    note.write_text(json.dumps({"asked": asked, "tokens": total}))
     return total
 
 

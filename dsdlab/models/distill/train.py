@@ -45,6 +45,8 @@ class Pack:
 
 def pack(twins: Sequence[Example], prompt_weight: float) -> Pack:
     """Lay out examples that share their prompt."""
+    if len(twins) == 1:
+        return _alone(twins[0], prompt_weight)
     prompt = twins[0].prompt_len
     ids, positions, segment = [twins[0].ids[:prompt]], [torch.arange(prompt)], [torch.zeros(prompt)]
     index, weight = [], []
@@ -58,10 +60,28 @@ def pack(twins: Sequence[Example], prompt_weight: float) -> Pack:
         index += [torch.arange(e.start, prompt), inside + offset]
         weight += [torch.full((prompt - 1 - e.start,), prompt_weight), torch.ones(len(answer) + 1)]
         offset += len(answer)
-    hidden = twins[0].hidden if len(twins) == 1 else torch.cat([e.hidden for e in twins])
     return Pack(
         torch.cat(ids).long(), torch.cat(positions), torch.cat(segment), torch.cat(index), torch.cat(weight),
-        torch.cat([e.lse for e in twins]), hidden, len(twins),
+        torch.cat([e.lse for e in twins]), torch.cat([e.hidden for e in twins]), len(twins),
+    )  # fmt: skip
+
+
+@cache
+def _ramp(weight: float, longest: int = 1 << 16) -> tuple[Tensor, Tensor, Tensor]:
+    """What packs are slices of: positions, no segment, and `longest` times `weight` before as many 1."""
+    ones = torch.ones(longest)
+    return torch.arange(longest), torch.zeros(longest), torch.cat([weight * ones, ones])
+
+
+def _alone(e: Example, prompt_weight: float) -> Pack:
+    """`pack` for one example, without a copy but of its ids: there may be hundreds of thousands."""
+    n = len(e.ids) - 1
+    positions, segment, weight = _ramp(prompt_weight)
+    switch = len(segment)  # where weight turns 1
+    first = switch - (e.prompt_len - 1 - e.start)
+    return Pack(
+        e.ids[:n].long(), positions[:n], segment[:n], positions[e.start : n],
+        weight[first : first + n - e.start], e.lse, e.hidden, 1,
     )  # fmt: skip
 
 
