@@ -6,13 +6,15 @@ which a row's bits are independent of the other rows: linears on at least `min_r
 path of a BLAS rounds differently), attention with a fixed count of query rows per block over a padded
 cache whose visible length follows from the row's position, everything else elementwise or row-wise.
 `dsdlab.models.selftest` proves it on the processor at hand. docs/exactness.md has the measurements
-behind the choices.
+behind the choices. On CUDA `dsdlab.models.blocks` runs the same model recorded.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +23,9 @@ import torch.nn.functional as F
 from dsdlab.models.base import Chunk, ContextFull, Logits, ModelError, ModelInfo, SlotEngine
 from dsdlab.models.linears import Tally, linear, packs
 from dsdlab.models.weights_io import LlamaWeights
+
+if TYPE_CHECKING:
+    from dsdlab.models.blocks import BlockForward
 
 PRECISIONS = ("bf16", "fp32", "int4", "int8")
 QUERY_BLOCK = 4  # attention query rows per block, CPU
@@ -54,6 +59,8 @@ class TorchEngine(SlotEngine):
     exact=False takes what is fastest instead, the baseline that exactness is priced against: as many rows as
     there are, all queries of a run in one block, and no more of the cache than they see.
     """
+
+    _blocks: BlockForward | None
 
     def __init__(
         self,
@@ -91,10 +98,30 @@ class TorchEngine(SlotEngine):
             self._norm = weights.norm.to(self._device, self._dtype)
             self._head = linear(weights.head, HEAD_OF.get(info.precision, info.precision), self._device)
             self._cos, self._sin = self._rotary_tables(info.max_context)
+        if exact and self._device.type == "cuda" and find_spec("triton"):
+            self._blocks = self._in_blocks(slots)
+
+    def _in_blocks(self, slots: int) -> BlockForward:
+        """The same model over recorded blocks of rows, with a cache of its own."""
+        from dsdlab.models.blocks import BlockForward
+
+        return BlockForward(
+            rows=CUDA_BLOCK,
+            slots=slots,
+            kv_heads=self._shape.num_kv_heads,
+            eps=self._shape.rms_norm_eps,
+            embed=self._embed,
+            embed_proj=self._embed_proj,
+            layers=self._layers,
+            norm=self._norm,
+            head=self._head,
+            tables=(self._cos[:, 0], self._sin[:, 0]),
+        )
 
     def _choose_shapes(self, exact: bool) -> None:
         """Rows of a forward and queries of a block, by precision and device."""
         self._exact = exact
+        self._blocks = None
         if not exact:
             self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
         elif self._device.type == "cuda":
@@ -132,7 +159,7 @@ class TorchEngine(SlotEngine):
 
     def open(self) -> int:
         slot = super().open()
-        if slot not in self._kv:
+        if slot not in self._kv and self._blocks is None:
             s = self._shape
             size = (s.num_layers, 2, s.num_kv_heads, self.info.max_context, s.head_dim)
             # zeros, not empty: masked positions meet probability 0, and 0 · NaN is NaN
@@ -188,6 +215,8 @@ class TorchEngine(SlotEngine):
             ids += chunk_ids
             positions += range(start, start + len(chunk_ids))
         n = len(ids)
+        if self._blocks is not None:
+            return self._block(self._blocks, part, ids, positions)
         pad = max(0, self._min_rows - n)
         index = torch.tensor([ids + [0] * pad, positions + [0] * pad], device=device)
         cos, sin = self._cos[index[1]], self._sin[index[1]]  # [R, 1, head_dim]
@@ -214,6 +243,26 @@ class TorchEngine(SlotEngine):
         for slot, chunk_ids, _ in part:
             self._length[slot] += len(chunk_ids)
         return self._logits(x, part)
+
+    def _block(
+        self,
+        blocks: BlockForward,
+        part: list[tuple[int, list[int], int]],
+        ids: list[int],
+        positions: list[int],
+    ) -> list[torch.Tensor]:
+        """`_forward` as one recorded block."""
+        slots = [slot for slot, chunk_ids, _ in part for _ in chunk_ids]
+        ends = np.cumsum([len(chunk_ids) for _, chunk_ids, _ in part]).tolist()
+        spans = [(end - rows, end) for end, (_, _, rows) in zip(ends, part, strict=True)]
+        asked = [span for span in spans if span[0] < span[1]]
+        first = asked[0][0] if asked else 0
+        logits = blocks(ids, positions, slots, (first, asked[-1][1]) if asked else None)
+        for slot, chunk_ids, _ in part:
+            self._length[slot] += len(chunk_ids)
+        if logits is None:
+            return [torch.zeros(0) for _ in part]
+        return [logits[max(0, a - first) : max(0, b - first)] for a, b in spans]
 
     def _attention_plans(
         self, part: list[tuple[int, list[int], int]]
