@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from itertools import count
 
@@ -15,8 +15,9 @@ from dsdlab.models.zoo import DRAFTERS, default_precision
 
 LOOKUP = "prompt-lookup"
 LOOKUP_FIRST = "lookup+"
-FIRST_LONGEST, FIRST_SHORTEST = 8, 4
-"""Tokens that must repeat for lookup to be believed rather than the model: docs/drafter.md compares."""
+FIRST_LONGEST, FIRST_SHORTEST, FIRST_UNSAYABLE = 8, 5, 2
+"""Most and fewest tokens that must repeat for lookup to be believed rather than the model, and how many are
+enough for a token that the model cannot say, its vocabulary being reduced: docs/drafter.md compares."""
 
 GoesOn = Callable[[Sequence[float]], bool]
 
@@ -57,6 +58,13 @@ class Drafter(ABC):
         `WindowPolicy.goes_on`); False ends the window.
         Fewer than n tokens (even none) mean that the drafter has no better idea.
         """
+
+
+def believed(matched: int, token: int, sayable: Container[int] | None) -> bool:
+    """Whether lookup comes before a model that can say `sayable` (None: every token)."""
+    if matched >= FIRST_SHORTEST:
+        return True
+    return matched >= FIRST_UNSAYABLE and sayable is not None and token not in sayable
 
 
 def _always(_: Sequence[float]) -> bool:
@@ -205,8 +213,11 @@ class PromptLookup(Drafter):
         self._index.pop(slot, None)
         self._seen.pop(slot, None)
 
-    def find(self, slot: int, ids: Sequence[int], tail: Sequence[int]) -> int:
-        """Where in `ids` the text after ids + tail would go on by analogy; len(ids) if nowhere."""
+    def find(self, slot: int, ids: Sequence[int], tail: Sequence[int]) -> tuple[int, int]:
+        """Where in `ids` the text after ids + tail would go on by analogy, and how many tokens matched.
+
+        (len(ids), 0) if nowhere.
+        """
         index = self._index[slot]
         # an n-gram is indexed once something follows it; later occurrences replace earlier ones
         for end in range(self._seen[slot] + 1, len(ids)):
@@ -218,8 +229,8 @@ class PromptLookup(Drafter):
         recent = (*ids[-longest:], *tail)[-longest:]
         for n in self._lengths:
             if n <= len(recent) and (at := index.get(recent[-n:])) is not None:
-                return at
-        return len(ids)
+                return at, n
+        return len(ids), 0
 
     def propose(
         self,
@@ -230,7 +241,7 @@ class PromptLookup(Drafter):
         tail: Sequence[int] = (),
         goes_on: GoesOn | None = None,
     ) -> list[int]:
-        at = self.find(slot, ids, tail)
+        at, _ = self.find(slot, ids, tail)
         out = list(ids[at : at + n])
         sure = [math.nan] * len(out)  # no model spoke
         if goes_on is not None:
@@ -242,13 +253,18 @@ class PromptLookup(Drafter):
 
 
 class LookupFirst(Drafter):
-    """Prompt lookup where four to eight tokens repeat, a model for every other position."""
+    """Prompt lookup where five to eight tokens repeat, a model for every other position.
+
+    Two tokens are enough where what followed them is a token that the model cannot say.
+    """
 
     def __init__(self, model: ModelDrafter) -> None:
         self.name = LOOKUP_FIRST + model.name
         self.tokenizer = model.tokenizer
         self.model = model
-        self._lookup = PromptLookup(FIRST_LONGEST, FIRST_SHORTEST)
+        self._lookup = PromptLookup(FIRST_LONGEST, min(FIRST_SHORTEST, FIRST_UNSAYABLE))
+        said = model.engine.output_ids
+        self._sayable = None if said is None else frozenset(said.tolist())
         self._slots: dict[int, int] = {}
 
     def open(self) -> int:
@@ -275,15 +291,16 @@ class LookupFirst(Drafter):
         confidences: list[float] = []
         asked = None if goes_on is None else _always
         while len(out) < n:
-            at = self._lookup.find(self._slots[slot], ids, [*tail, *out])
-            if at < len(ids):
+            at, matched = self._lookup.find(self._slots[slot], ids, [*tail, *out])
+            looked_up = matched > 0 and believed(matched, ids[at], self._sayable)
+            if looked_up:
                 out.append(ids[at])
             else:
                 more = self.model.propose(slot, ids, 1, sampling, [*tail, *out], asked)
                 if not more:
                     break
                 out += more
-            by_model.append(at == len(ids))
+            by_model.append(not looked_up)
             if goes_on is not None:
                 confidences.append(self.model.confidences[-1] if by_model[-1] else math.nan)
                 if not goes_on(confidences):

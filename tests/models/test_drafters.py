@@ -19,6 +19,7 @@ from dsdlab.models.drafters import (
     LookupFirst,
     ModelDrafter,
     PromptLookup,
+    believed,
     common_prefix,
     load_drafter,
 )
@@ -74,7 +75,10 @@ def test_lookup_as_the_text_grows(ids: list[int], steps: list[int], tail: list[i
     for step in steps:
         end = min(len(ids), end + step)
         lookup.find(other, [1, 1, 1, 2, 2, 0], ())
-        assert lookup.find(slot, ids[:end], tail) == lookup_oracle(ids[:end], tail, 3, 1)
+        at, matched = lookup.find(slot, ids[:end], tail)
+        assert at == lookup_oracle(ids[:end], tail, 3, 1)
+        assert (matched == 0) == (at == end)
+        assert [*ids[:end], *tail][-matched:] == ids[at - matched : at] or not matched
 
 
 def test_lookup_slots_are_never_reused() -> None:
@@ -223,7 +227,7 @@ def test_lookup_first_equals_its_parts(engine: TorchEngine, seed: int) -> None:
     rng = np.random.default_rng(seed)
     both, alone = LookupFirst(ModelDrafter(engine)), ModelDrafter(engine)
     slot, alone_slot = both.open(), alone.open()
-    ids = rng.integers(0, 3, 24).tolist()  # few different tokens repeat soon
+    ids = rng.integers(0, 2, 24).tolist()  # few different tokens repeat soon
     sources = set()
     for _ in range(8):
         expected: list[int] = []
@@ -234,11 +238,37 @@ def test_lookup_first_equals_its_parts(engine: TorchEngine, seed: int) -> None:
                 [ids[at]] if at < len(ids) else alone.propose(alone_slot, [*ids, *expected], 1, SAMPLED)
             )
         assert both.propose(slot, ids, 5, SAMPLED) == expected
-        ids = [*ids, *expected[: rng.integers(0, 6)], *rng.integers(0, 3, 8).tolist()]
+        ids = [*ids, *expected[: rng.integers(0, 6)], *rng.integers(0, 2, 8).tolist()]
     assert sources == {True, False}  # both parts were asked
     both.close(slot)
     both.close(slot)
     alone.close(alone_slot)
+
+
+def test_lookup_says_what_its_model_cannot(tmp_path: Path) -> None:
+    """Two tokens that repeat are enough for one outside the model's reduced vocabulary, not for others."""
+    model = ModelDrafter(tiny_drafter(tmp_path / "drafter.safetensors"))
+    assert model.engine.output_ids is not None
+    sayable = set(model.engine.output_ids.tolist())
+    odd = next(i for i in range(3, model.engine.info.vocab_size) if i not in sayable)
+    even = min(sayable)
+    both, slot = LookupFirst(model), 0
+    for follower, repeats, by_model in ((odd, 2, False), (odd, 1, True), (even, 2, True), (even, 5, False)):
+        gram = [60, 61, 62, 63, 64][-repeats:]
+        slot = both.open()
+        draft = both.propose(slot, [*gram, follower, 70, *gram], 1, GREEDY)
+        assert both.by_model == [by_model], (follower, repeats)
+        assert by_model or draft == [follower]
+        both.close(slot)
+
+
+@pytest.mark.parametrize(
+    ("matched", "sayable", "expected"),
+    [(8, None, True), (5, {7}, True), (4, {7}, False), (4, {6}, True), (2, {6}, True), (1, {6}, False),
+     (4, None, False)],
+)  # fmt: skip
+def test_when_lookup_is_believed(matched: int, sayable: set[int] | None, expected: bool) -> None:
+    assert believed(matched, 7, sayable) == expected
 
 
 def test_lookup_first_stops_where_its_model_does(tmp_path: Path) -> None:

@@ -17,10 +17,12 @@ from dsdlab.models.base import Engine
 from dsdlab.models.drafters import (
     FIRST_LONGEST,
     FIRST_SHORTEST,
+    FIRST_UNSAYABLE,
     Drafter,
     LookupFirst,
     ModelDrafter,
     PromptLookup,
+    believed,
     load_drafter,
 )
 from dsdlab.models.loading import EngineOptions, load_engine, load_tokenizer
@@ -87,16 +89,24 @@ def test_one_pass_is_every_run(tmp_path: Path, kind: str, sampling: str) -> None
 
 
 def test_who_said_it(tmp_path: Path) -> None:
-    """Lookup says a token exactly where four to eight tokens repeat; the model says the rest."""
-    drafter = LookupFirst(ModelDrafter(tiny_drafter(tmp_path / "d.safetensors")))
+    """Lookup says a token exactly where its rule believes it; the model says the rest."""
+    model = ModelDrafter(tiny_drafter(tmp_path / "d.safetensors"))
+    assert model.engine.output_ids is not None
+    sayable = set(model.engine.output_ids.tolist())
+    drafter = LookupFirst(model)
     text = repeating(np.random.default_rng(5), 90, 12)
-    lookup = PromptLookup(FIRST_LONGEST, FIRST_SHORTEST)
+    lookup = PromptLookup(FIRST_LONGEST, FIRST_UNSAYABLE)
+    sources = set()
     for w in record_windows(drafter, text[:20], text[20:], GREEDY, GAMMA):
         slot = lookup.open()
         assert len(w.ids) == GAMMA
         for i, by_model in enumerate(w.by_model):
-            assert by_model == (lookup.find(slot, text[: w.base], w.ids[:i]) == w.base)
+            at, matched = lookup.find(slot, text[: w.base], w.ids[:i])
+            looked_up = matched > 0 and believed(matched, text[at], sayable)
+            assert by_model == (not looked_up)
+            sources.add((by_model, matched >= FIRST_SHORTEST))
         lookup.close(slot)
+    assert sources == {(True, False), (False, True), (False, False)}  # the last: what the model cannot say
 
 
 @pytest.mark.parametrize(

@@ -20,24 +20,25 @@ from dsdlab.models.distill.store import Example
 from dsdlab.models.distill.student import Block, Student, quantise
 from dsdlab.models.distill.teacher import rotary, rotate
 from dsdlab.models.distill.train import micro_batches
-from dsdlab.models.drafters import FIRST_LONGEST, FIRST_SHORTEST
+from dsdlab.models.drafters import FIRST_LONGEST, FIRST_UNSAYABLE, believed
 
 
-def lookup(ids: Sequence[int], longest: int = FIRST_LONGEST, shortest: int = FIRST_SHORTEST) -> list[int]:
-    """Prompt lookup: after each position, the token that followed the latest earlier match; -1 without one.
+def lookup(
+    ids: Sequence[int], longest: int = FIRST_LONGEST, shortest: int = FIRST_UNSAYABLE
+) -> list[tuple[int, int]]:
+    """Prompt lookup: after each position, the token that followed the latest earlier match, and its length.
 
-    The last n ids are sought, n from `longest` down to `shortest`.
+    The last n ids are sought, n from `longest` down to `shortest`; (-1, 0) without a match.
     """
     tables: dict[int, dict[tuple[int, ...], int]] = {n: {} for n in range(shortest, longest + 1)}
     out = []
     for end in range(1, len(ids) + 1):
-        found = -1
+        found, matched = -1, 0
         for n in range(longest, shortest - 1, -1):
-            if end >= n:
-                key = tuple(ids[end - n : end])
-                if found < 0:
-                    found = tables[n].get(key, -1)
-        out.append(ids[found] if found >= 0 else -1)
+            if end >= n and found < 0:
+                found = tables[n].get(tuple(ids[end - n : end]), -1)
+                matched = n if found >= 0 else 0
+        out.append((ids[found], matched) if matched else (-1, 0))
         for n, table in tables.items():
             if end >= n:
                 table[tuple(ids[end - n : end])] = end
@@ -86,6 +87,7 @@ def judge(
     student.to(device).eval()
     head = head.to(device, torch.bfloat16)
     to_token = student.head_ids.long()
+    sayable = frozenset(to_token.tolist())
     out = []
     for group in micro_batches(examples, max_tokens):
         longest = max(len(e.ids) for e in group)
@@ -103,7 +105,8 @@ def judge(
             full = F.linear(states, head).float()
             guess = to_token[rows.argmax(-1)].tolist()
             truth = answer if e.temperature == 0 else full.argmax(-1).tolist()
-            looked = lookup(e.ids.tolist())[first:-1]
+            found = lookup(e.ids.tolist())[first:-1]
+            looked = [token if believed(matched, token, sayable) else -1 for token, matched in found]
             neural = [g == t for g, t in zip(guess, truth, strict=True)]
             either = [n == t if n >= 0 else hit for n, t, hit in zip(looked, truth, neural, strict=True)]
             overlap = coupled = 0.0
