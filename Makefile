@@ -2,7 +2,7 @@
 SCENARIO ?= scenarios/quickstart.toml
 PY := .venv/bin/python
 
-.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes bench-wire bench-pair bench-gpu report image doctor clean
+.PHONY: sweep test lint fuzz bench bench-awc bench-links bench-link-model bench-policies bench-sim bench-runtimes bench-wire bench-pair bench-drafter bench-gpu report image doctor clean
 
 sweep: .venv/ready
 	$(PY) -m dsdlab sweep $(SCENARIO)
@@ -45,6 +45,9 @@ bench-wire: .venv/ready
 
 bench-pair: .venv/ready
 	$(PY) -m bench.pair
+
+bench-drafter: .venv/ready
+	$(PY) -m bench.drafter $(PROMPTS)
 
 bench-gpu: .venv/ready
 	$(PY) -m bench.gpu_engine --out results/bench/gpu-engine.json

@@ -521,11 +521,12 @@ def test_held_out_share_is_a_tenth_each_and_depends_on_the_text_alone() -> None:
     assert splits == [split_of(f"prompt {i}") for i in range(5000)]
 
 
-def test_shipped_default_config_is_valid() -> None:
+def test_shipped_configs_are_valid() -> None:
     from dsdlab.models.distill import main
 
-    config = load_config(Path(main.__file__).with_name("default.toml"))
-    assert config.prompts.files == []
+    found = sorted(Path(main.__file__).parent.glob("*.toml"))
+    assert [path.stem for path in found] == ["default", "gpu", "gpu-on", "gpu-seeds"]
+    assert all(load_config(path).prompts.files == [] for path in found)
 
 
 def test_shipped_drafters_load_and_fit() -> None:

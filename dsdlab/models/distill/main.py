@@ -179,30 +179,12 @@ def make_data(
     stops: Sequence[int],
     say: Say,
 ) -> None:
-    """Held-out answers (greedy and sampled), then training text until the budget is met."""
-    held = config.generate.model_copy(
-        update={
-            "max_new_tokens": config.evaluate.max_new_tokens,
-            "continuations": {"default": 2},
-            "minutes": 0.0,
-        }
-    )
+    """Held-out answers, then training text until the budget is met."""
     for split in ("validation", "test"):
-        seen: dict[str, int] = {}
-        mine = []
-        for p in (p for p in prompts if p.split == split):
-            seen[p.task] = seen.get(p.task, 0) + 1
-            if seen[p.task] <= config.evaluate.prompts_per_task:
-                mine.append(p)
-        if not mine:
-            raise ValueError(f"prompts: none held out for {split}; give more prompts or builtin = true")
-        generate_shards(
-            teacher, mine, held, data, prefix=split, stop_ids=stops, seed=config.seed + 1, say=say
-        )
-    training = [p for p in prompts if p.split == "train"]
+        make_held_out(config, teacher, prompts, data, stops, say, split)
     generate_shards(
         teacher,
-        training,
+        [p for p in prompts if p.split == "train"],
         config.generate,
         data,
         prefix="train",
@@ -210,6 +192,31 @@ def make_data(
         seed=config.seed + 2,
         say=say,
     )
+
+
+def make_held_out(
+    config: DistillConfig,
+    teacher: Teacher,
+    prompts: Sequence[Prompt],
+    data: Path,
+    stops: Sequence[int],
+    say: Say,
+    split: str,
+) -> None:
+    """One greedy and one sampled answer to the first prompts of each task that are held out for `split`."""
+    seen: dict[str, int] = {}
+    mine = []
+    for p in (p for p in prompts if p.split == split):
+        seen[p.task] = seen.get(p.task, 0) + 1
+        if seen[p.task] <= config.evaluate.prompts_per_task:
+            mine.append(p)
+    if not mine:
+        raise ValueError(f"prompts: none held out for {split}; give more prompts or builtin = true")
+    once = {
+        "max_new_tokens": config.evaluate.max_new_tokens, "continuations": {"default": 2}, "minutes": 0.0,
+    }  # fmt: skip
+    held = config.generate.model_copy(update=once)
+    generate_shards(teacher, mine, held, data, prefix=split, stop_ids=stops, seed=config.seed + 1, say=say)
 
 
 def token_counts(data: Path, vocab: int) -> Tensor:
