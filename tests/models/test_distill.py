@@ -525,7 +525,7 @@ def test_shipped_configs_are_valid() -> None:
     from dsdlab.models.distill import main
 
     found = sorted(Path(main.__file__).parent.glob("*.toml"))
-    assert [path.stem for path in found] == ["default", "gpu", "gpu-on", "gpu-seeds"]
+    assert sorted(path.stem for path in found) == ["default", "gpu", "gpu-on", "gpu-seeds"]
     assert all(load_config(path).prompts.files == [] for path in found)
 
 
