@@ -1,8 +1,9 @@
-"""Judge a drafter file on held-out prompts, as `dsdlab distill` does: docs/drafter.md's tables, repeated.
+"""Judge a drafter file on held-out prompts, as `dsdlab distill` does: docs/drafter.md, "What it achieves".
 
-Give the prompt files that it was distilled with: the held-out part follows from each prompt's text. The
-target answers first (a few minutes on two CPU cores), then the drafter is held against its answers. --spread
-gives several files' mean and 95 % interval instead, for seeds of one recipe.
+Give the prompt files that it was distilled with, in the same order: which prompts are held out follows from
+their text, but where long ones are cut from all before. The target answers first (a few minutes on two CPU
+cores), then the drafter is held against its answers. --spread gives several files' mean and 95 % interval
+instead, for seeds of one recipe.
 
     make bench-drafter PROMPTS="gsm8k_train.jsonl humaneval_train.jsonl cnndm_train.jsonl"
 """
@@ -63,6 +64,11 @@ def main() -> None:
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--answers", type=Path, help="folder to keep the target's answers in, and find them")
     asked = parser.parse_args()
+    files = [DRAFTERS.get(name, Path(name)) for name in asked.drafter]
+    if missing := [str(file) for file in (*files, *map(Path, asked.prompts)) if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(missing)}")
+    if asked.spread and len(files) < 2:
+        parser.error("--spread needs several --drafter files")
     config, device = load_config(CONFIG), resolve_device("auto")
     if device == "cpu":  # batches for its memory
         smaller = config.generate.model_copy(update={"batch": 64, "cache_positions": 50_000})
@@ -78,8 +84,8 @@ def main() -> None:
         )
         examples = [e for path in sorted(data.glob(f"{asked.split}-*.pt")) for e in load_shard(path)]
         found = []
-        for name in asked.drafter:
-            student, _ = load_exported(DRAFTERS.get(name, Path(name)))
+        for name, file in zip(asked.drafter, files, strict=True):
+            student, _ = load_exported(file)
             judged = judge(
                 student, teacher.head, examples, device=device, noise_seeds=config.evaluate.seeds,
                 temperature=config.generate.temperature,

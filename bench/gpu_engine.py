@@ -62,7 +62,7 @@ def variants(precision: str) -> dict[str, TorchEngine]:
 
 
 def works(engine: TorchEngine, ids: list[int]) -> dict[str, Callable[[], None]]:
-    """What is timed: each leaves the engine as it found it."""
+    """What is timed. Slot 0 is at the greater depth from its first window there on; the others stay."""
     slots = [engine.open() for _ in range(SESSIONS)]
     for slot in slots:
         engine.extend([Chunk(slot, ids[: DEPTHS[0]], 0)])
@@ -89,7 +89,7 @@ def works(engine: TorchEngine, ids: list[int]) -> dict[str, Callable[[], None]]:
         for n in ROWS
     }
     out[f"5 rows at {DEPTHS[1]}"] = deep
-    out[f"{SESSIONS} sessions of 5 rows"] = lambda: windows(slots, 5)
+    out[f"{SESSIONS} sessions of 5 rows, one at {DEPTHS[1]}"] = lambda: windows(slots, 5)
     out["a prompt of 512"] = prompt
     return out
 

@@ -302,7 +302,7 @@ def probe(
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("results/distill"), show_default=True)
 @click.option("--resume", is_flag=True, help="Go on in a folder that is not empty.")
-@click.option("--only", default="", help="Do this part alone: text, or a shape (several train side by side).")
+@click.option("--only", default="", help="This part alone: text, then a shape (several side by side).")
 @click.argument("prompts", nargs=-1, type=click.Path())
 def distill(config: Path | None, out: Path, resume: bool, only: str, prompts: tuple[str, ...]) -> None:
     """Train a drafter for a target; PROMPTS are JSONL files beside the built-in and self-written ones."""

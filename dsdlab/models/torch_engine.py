@@ -5,15 +5,16 @@ flip a token and the output would depend on the window. So every kernel here run
 which a row's bits are independent of the other rows: linears on at least `min_rows` rows (the one-row
 path of a BLAS rounds differently), attention with a fixed count of query rows per block over a padded
 cache whose visible length follows from the row's position, everything else elementwise or row-wise.
+On CUDA `dsdlab.models.blocks` runs the same model recorded, its attention row by row.
 `dsdlab.models.selftest` proves it on the processor at hand. docs/exactness.md has the measurements
-behind the choices. On CUDA `dsdlab.models.blocks` runs the same model recorded.
+behind the choices.
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +28,7 @@ from dsdlab.models.weights_io import LlamaWeights
 if TYPE_CHECKING:
     from dsdlab.models.blocks import BlockForward
 
+log = logging.getLogger("dsdlab.models")
 PRECISIONS = ("bf16", "fp32", "int4", "int8")
 QUERY_BLOCK = 4  # attention query rows per block, CPU
 KV_BLOCK = 64  # the visible cache grows in steps of this many positions
@@ -98,8 +100,24 @@ class TorchEngine(SlotEngine):
             self._norm = weights.norm.to(self._device, self._dtype)
             self._head = linear(weights.head, HEAD_OF.get(info.precision, info.precision), self._device)
             self._cos, self._sin = self._rotary_tables(info.max_context)
-        if exact and self._device.type == "cuda" and find_spec("triton"):
-            self._blocks = self._in_blocks(slots)
+        if exact and self._device.type == "cuda":
+            self._blocks = self._recorded(slots)
+
+    def _recorded(self, slots: int) -> BlockForward | None:
+        """The forward as a graph; None, with a warning, where its kernels cannot be compiled.
+
+        Raises ModelError where the sessions' cache does not fit.
+        """
+        try:
+            return self._in_blocks(slots)
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"{self.info.model_id}: no memory on the GPU for {slots} sessions of {self.info.max_context} "
+                "positions; allowed: fewer slots, a smaller max_context"
+            ) from None
+        except Exception as error:  # whatever Triton raises without a compiler, or for this GPU
+            log.warning("slow: the forward is not recorded: %s", str(error).partition("\n")[0])
+            return None
 
     def _in_blocks(self, slots: int) -> BlockForward:
         """The same model over recorded blocks of rows, with a cache of its own."""

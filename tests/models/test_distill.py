@@ -14,11 +14,11 @@ from tokenizers.trainers import BpeTrainer
 
 from dsdlab.models.base import Chunk, ModelInfo
 from dsdlab.models.distill import kernels
-from dsdlab.models.distill.config import ShapeConfig, load_config
+from dsdlab.models.distill.config import GenerateConfig, ShapeConfig, load_config
 from dsdlab.models.distill.evaluate import Judged, by_position, by_position_95, judge, lookup, tau, windows
 from dsdlab.models.distill.main import run
-from dsdlab.models.distill.prompts import read_jsonl, split_of
-from dsdlab.models.distill.store import Example
+from dsdlab.models.distill.prompts import Prompt, read_jsonl, split_of
+from dsdlab.models.distill.store import Example, generate_shards
 from dsdlab.models.distill.student import Student, build, export, load_exported, map_inputs, rank_rows, trim
 from dsdlab.models.distill.teacher import Teacher
 from dsdlab.models.distill.train import HeadLoss, collate, pack_all
@@ -453,6 +453,8 @@ def test_distil_end_to_end_and_resume(tmp_path: Path, weights: LlamaWeights) -> 
     assert "| mean |" in (tmp_path / "out" / "report.md").read_text()
     with pytest.raises(ValueError, match="is not empty"):
         run(config, tmp_path / "out", say=said.append)
+    with pytest.raises(ValueError, match="its text is not finished; first: the same command"):
+        run(config, tmp_path / "new", say=said.append, only="small")
     with pytest.raises(ValueError, match=r"only is 'tall'; allowed with .*c\.toml: text, whole, small"):
         run(config, tmp_path / "out", resume=True, say=said.append, only="tall")
     (tmp_path / "out" / "whole.json").unlink()  # as if it had been stopped before that shape's end
@@ -478,9 +480,30 @@ def test_distil_end_to_end_and_resume(tmp_path: Path, weights: LlamaWeights) -> 
     assert alone["recipe"] == further["candidates"][0]["recipe"]
     first, longer = further["candidates"]
     assert (first["shape"], longer["shape"]) == ("on", "on-longer")
-    assert first["recipe"]["from"] == result["file"]
+    assert first["recipe"]["after"]["shape"] == "whole"
     assert (first["recipe"]["seed"], longer["recipe"]["positions"] >= 600) == (5, True)
     assert first["validation"]["alpha"] > 0.2  # it began where the other had ended
+
+
+def test_finished_text_is_not_added_to(tmp_path: Path, teacher: Teacher) -> None:
+    """Not even where time was the limit; but a larger budget is kept, and other prompts are refused."""
+    prompts = [Prompt("t", "train", (3, 4, 5, i), False) for i in range(6)]
+    few = GenerateConfig(max_new_tokens=4, batch=2, continuations={"default": 1}, token_budget=8)
+
+    def generate(config: GenerateConfig, prompts: list[Prompt]) -> tuple[int, int]:
+        tokens = generate_shards(
+            teacher, prompts, config, tmp_path, prefix="train", stop_ids=(), seed=1, say=lambda _: None
+        )
+        return tokens, len(list(tmp_path.glob("train-*.pt")))
+
+    assert generate(few, prompts) == (8, 1)
+    (tmp_path / "train-00000.pt").rename(tmp_path / "kept")  # what is finished is not looked for
+    assert generate(few, prompts) == (8, 0)
+    (tmp_path / "kept").rename(tmp_path / "train-00000.pt")
+    assert generate(few.model_copy(update={"token_budget": 16}), prompts) == (16, 2)
+    for config, other in ((few, prompts[1:]), (few.model_copy(update={"temperature": 0.5}), prompts)):
+        with pytest.raises(ValueError, match="its train text was made from other prompts or settings"):
+            generate(config, other)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from dsdlab.models.distill.prompts import (
     self_written,
     split_of,
 )
-from dsdlab.models.distill.store import Example, generate_shards, load_shard
+from dsdlab.models.distill.store import Example, finished, generate_shards, load_shard
 from dsdlab.models.distill.student import Student, build, export, load_exported, map_inputs, rank_rows, trim
 from dsdlab.models.distill.tables import report
 from dsdlab.models.distill.teacher import Teacher
@@ -36,6 +36,7 @@ from dsdlab.models.zoo import DRAFTERS, fetch
 
 Say = Callable[[str], None]
 TEXT = "text"  # what comes before the shapes
+PREFIXES = ("validation", "test", "train")
 SPECIAL_IDS = 3  # end of text and the turn marks are always kept
 SAMPLE_TOKENS = 200  # length of the texts on which neurons are ranked
 
@@ -51,8 +52,8 @@ def run(
     """Distil a drafter as `config_path` says; everything lands in `out_dir`.
 
     resume: go on where an earlier run in the same folder stopped. prompt_files: further jsonl files.
-    only: "text", or the name of a shape, and nothing further is done: shapes can then train side by side,
-    and are timed one after the other by the run that follows without it.
+    only: "text", or afterwards the name of a shape, and nothing further is done: shapes can then train side
+    by side, and are timed one after the other by the run that follows without it.
     Returns the report, which is also in out_dir/report.json and report.md; with `only` {} or what is known of
     the shape. Raises ValueError or ModelError with one line for the user.
     """
@@ -63,6 +64,9 @@ def run(
     say = say or _say
     if not resume and out_dir.exists() and any(out_dir.iterdir()):
         raise ValueError(f"{out_dir} is not empty; allowed: an empty or new folder, or --resume")
+    data = out_dir / "data"
+    if only not in ("", TEXT) and not all(finished(data, prefix).exists() for prefix in PREFIXES):
+        raise ValueError(f"{data}: its text is not finished; first: the same command with --only {TEXT}")
     out_dir.mkdir(parents=True, exist_ok=True)
     keep_memory()
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length of text
@@ -73,11 +77,10 @@ def run(
     teacher = Teacher(load_llama_dir(folder, ""), device)
     say(f"target {config.target}: {len(teacher.layers)} layers, on {device}")
 
-    data = out_dir / "data"
-    files = [*config.prompts.files, *prompt_files]
-    prompts = gather_prompts(config, files, teacher, Template(tokenizer), out_dir / "prompts.json", say)
-    stops = eos_of(folder)
-    make_data(config, teacher, prompts, data, stops, say)
+    if only in ("", TEXT):
+        files = [*config.prompts.files, *prompt_files]
+        prompts = gather_prompts(config, files, teacher, Template(tokenizer), out_dir / "prompts.json", say)
+        make_data(config, teacher, prompts, data, eos_of(folder), say)
     if only == TEXT:
         return {}
     counts = token_counts(data, teacher.vocab)
@@ -137,7 +140,9 @@ def gather_prompts(
                 teacher, template, config.prompts.self_written, openings(files, config.seed),
                 seed=config.seed, batch=config.generate.batch,
             )  # fmt: skip
-            cache.write_text(json.dumps([[p.task, p.split, p.ids, p.on_prompt] for p in fresh]))
+            part = cache.with_suffix(".part")
+            part.write_text(json.dumps([[p.task, p.split, p.ids, p.on_prompt] for p in fresh]))
+            part.replace(cache)
             out += fresh
     if not any(p.split == "train" for p in out):
         raise ValueError("prompts: none to train on; allowed: builtin = true, self_written counts, or files")
@@ -278,7 +283,7 @@ class Bench:
             self.say(f"{shape.name}: already trained")
             return result
         device = str(self.teacher.device)
-        student = self._begin(shape, training.seed)
+        student, before = self._begin(shape, training.seed)
         if start is not None:
             student.load_state_dict(torch.load(start, weights_only=True, map_location="cpu")["student"])
         progress = train(
@@ -291,7 +296,7 @@ class Bench:
             student = trim(student, shape.export_rows, self.counts, self.teacher.embed)
         recipe = {
             "shape": shape.name,
-            **({"from": shape.file} if shape.file else {"init": shape.init, "target_layers": shape.layers}),
+            **({"after": before} if shape.file else {"init": shape.init, "target_layers": shape.layers}),
             "positions": progress.positions,
             "training_seconds": round(progress.seconds),
             "seed": training.seed,
@@ -313,20 +318,20 @@ class Bench:
         done.write_text(json.dumps(result, indent=1))
         return result
 
-    def _begin(self, shape: ShapeConfig, seed: int) -> Student:
-        """The untrained student; the pool starts again."""
+    def _begin(self, shape: ShapeConfig, seed: int) -> tuple[Student, dict[str, Any]]:
+        """The student to train, and the recipe of the file it comes from, if any; the pool starts again."""
         pool, teacher = self.pool, self.teacher
         pool.refresh()
         pool.restart(seed)
         if shape.file:
-            student, _ = load_exported(DRAFTERS.get(shape.file, Path(shape.file)))
+            student, made = load_exported(DRAFTERS.get(shape.file, Path(shape.file)))
             student.shape = student.shape.model_copy(update={"name": shape.name})
-            return student
+            return student, made.get("recipe", {})
         texts = [p.ids[:SAMPLE_TOKENS] for p in pool.packs if len(p.ids) >= SAMPLE_TOKENS][:24]
         shortest = min((len(p.ids) for p in pool.packs), default=1)
         sample = torch.stack(texts or [p.ids[:shortest] for p in pool.packs[:24]])
         head_ids = rank_rows(self.counts, shape.rows, range(SPECIAL_IDS))
-        return build(shape, teacher, head_ids, map_inputs(teacher.embed, head_ids), sample, seed)
+        return build(shape, teacher, head_ids, map_inputs(teacher.embed, head_ids), sample, seed), {}
 
     def _look(self, model: Student) -> dict[str, Any]:
         """A point of the learning curve."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -113,12 +114,22 @@ def generate_shards(
 ) -> int:
     """Generate shard after shard until the budget or the time is used up. Returns generated tokens.
 
-    A note in the folder says when that was, so that text made before is not added to by going on with a run.
+    A note in the folder says so then, and finished text is not added to by going on with a run, but for a
+    larger budget or more time. Raises ValueError where it was made from other prompts or settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    note, asked = folder / f"{prefix}.done.json", [config.token_budget, config.minutes, len(prompts)]
-    if note.exists() and (made := json.loads(note.read_text()))["asked"] == asked:
-        return int(made["tokens"])
+    note = finished(folder, prefix)
+    limits = {"token_budget": config.token_budget, "minutes": config.minutes}
+    asked = config.model_dump(mode="json", exclude=set(limits)) | {"seed": seed, "prompts": _digest(prompts)}
+    if note.exists():
+        made = json.loads(note.read_text())
+        if made["asked"] != asked:
+            raise ValueError(
+                f"{folder}: its {prefix} text was made from other prompts or settings; allowed: the same, or "
+                "another folder"
+            )
+        if made["limits"] == limits:
+            return int(made["tokens"])
     began = time.monotonic()
     total = 0
     batches = plan(prompts, config, seed)
@@ -162,8 +173,19 @@ def generate_shards(
     if saving is not None:
         saving.result()
     saver.shutdown()
-    note.write_text(json.dumps({"asked": asked, "tokens": total}))
+    part = note.with_suffix(".part")
+    part.write_text(json.dumps({"asked": asked, "limits": limits, "tokens": total}))
+    part.replace(note)
     return total
+
+
+def finished(folder: Path, prefix: str) -> Path:
+    """The note that is there once all shards of a prefix are."""
+    return folder / f"{prefix}.done.json"
+
+
+def _digest(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps([p.ids for p in prompts]).encode()).hexdigest()
 
 
 def _start(prompt: Prompt) -> int:
