@@ -7,6 +7,7 @@ from it as they are; others are rounded onto one. Only d and m are rounded to wh
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,7 +22,18 @@ LEVELS = 16
 PACKED_FOR = 16  # rows for which oneDNN lays a weight out: the largest window, near enough
 PACK_ROWS = 16  # the kernel's packing takes output rows in such blocks
 
-Linear = Callable[[torch.Tensor], torch.Tensor]
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """x [rows, in] → [rows, out] for one weight."""
+
+    apply: Product
+    fewest: int = 1  # rows from which on a row's bits do not depend on how many there are: 1 or 2
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.apply(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,7 @@ def _levels(w: torch.Tensor, low: torch.Tensor, step: torch.Tensor) -> tuple[tor
 
 
 def linear(matrix: Matrix, precision: str, device: torch.device, tally: Tally | None = None) -> Linear:
-    """x [rows, in] → [rows, out] for one weight; `tally` counts int4 groups.
+    """The product with one weight; `tally` counts int4 groups.
 
     Off the CPU int8 and int4 compute with bf16 weights. Raises ModelError where a shape does not fit int4.
     """
@@ -99,7 +111,7 @@ def linear(matrix: Matrix, precision: str, device: torch.device, tally: Tally | 
     dense = matrix.dense(torch.float32 if precision == "fp32" else torch.bfloat16).to(device)
     if device.type == "cpu" and packs(precision):
         return _packed(dense)
-    return lambda x: F.linear(x, dense)
+    return Linear(lambda x: F.linear(x, dense), 2)
 
 
 def packs(precision: str) -> bool:
@@ -114,10 +126,31 @@ def packs(precision: str) -> bool:
 
 
 def _packed(dense: torch.Tensor) -> Linear:
+    rows, width = dense.shape
+    return Linear(_laid_out(dense), _fewest(rows, width, dense.dtype, torch.get_num_threads()))
+
+
+def _laid_out(dense: torch.Tensor) -> Product:
     """oneDNN's own layout of a weight, as PyTorch's compiler uses it for constant weights."""
     weight = torch.ops.mkldnn._reorder_linear_weight(dense, PACKED_FOR)
     apply = torch.ops.mkldnn._linear_pointwise.default
     return lambda x: apply(x, weight, None, "none", [], "")
+
+
+@functools.cache
+def _fewest(rows: int, width: int, dtype: torch.dtype, _threads: int) -> int:
+    """1 if the library sums a row by itself in the same steps as among others, for weights so large; else 2.
+
+    Tried on sums whose second half takes back the first in another order: what is left of them is how they
+    were rounded, so that other steps show in bf16 too. Steps follow from shape and threads, not from values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(width // 2, generator=generator)
+    weight = torch.rand(rows, width // 2, generator=generator).to(dtype)
+    x = torch.randn(PACKED_FOR, width // 2, generator=generator).to(dtype)
+    product = _laid_out(F.pad(torch.cat([weight, weight[:, order]], 1), (0, width % 2)))
+    x = F.pad(torch.cat([x, -x[:, order]], 1), (0, width % 2))
+    return 1 if torch.equal(torch.cat([product(row[None]) for row in x]), product(x)) else 2
 
 
 def _int8(matrix: Matrix) -> Linear:
@@ -128,7 +161,7 @@ def _int8(matrix: Matrix) -> Linear:
     else:
         # cloned: the kernel loads whole vectors, and memory mapped from a file need not be aligned
         weight, scale = matrix.weight.clone(), matrix.scale.to(torch.bfloat16).clone()
-    return lambda x: torch._weight_int8pack_mm(x, weight, scale)
+    return Linear(lambda x: torch._weight_int8pack_mm(x, weight, scale))
 
 
 def _int4(matrix: Matrix, tally: Tally | None) -> Linear:
@@ -145,4 +178,4 @@ def _int4(matrix: Matrix, tally: Tally | None) -> Linear:
     packed = torch._convert_weight_to_int4pack_for_cpu(parts.levels, 1)
     # [in / 32, out, 2]
     scales = torch.stack([parts.scale, parts.centre], -1).transpose(0, 1).contiguous()
-    return lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales)
+    return Linear(lambda x: torch._weight_int4pack_mm_for_cpu(x, packed, GROUP, scales))

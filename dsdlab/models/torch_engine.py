@@ -2,12 +2,12 @@
 
 Exactness. A row's logits must not depend on how many rows are computed with it, or a near-tie would
 flip a token and the output would depend on the window. So every kernel here runs in a shape regime in
-which a row's bits are independent of the other rows: linears on at least `min_rows` rows (the one-row
-path of a BLAS rounds differently), attention with a fixed count of query rows per block over a padded
-cache whose visible length follows from the row's position, everything else elementwise or row-wise.
-On CUDA `dsdlab.models.blocks` runs the same model recorded, its attention row by row.
-`dsdlab.models.selftest` proves it on the processor at hand. docs/exactness.md has the measurements
-behind the choices.
+which a row's bits are independent of the other rows: linears on at least `fewest` rows (a library may
+sum a single row in other steps), attention with a fixed count of query rows per block, or for a lone row
+LONE_QUERIES heads, over a padded cache whose visible length follows from the row's position, everything
+else elementwise or row-wise. On CUDA `dsdlab.models.blocks` runs the same model recorded, its attention
+row by row. `dsdlab.models.selftest` proves it on the processor at hand. docs/exactness.md has the
+measurements behind the choices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 
 from dsdlab.models.base import Chunk, ContextFull, Logits, ModelError, ModelInfo, SlotEngine
-from dsdlab.models.linears import Tally, linear, packs
+from dsdlab.models.linears import Linear, Tally, linear, packs
 from dsdlab.models.weights_io import LlamaWeights
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("dsdlab.models")
 PRECISIONS = ("bf16", "fp32", "int4", "int8")
 QUERY_BLOCK = 4  # attention query rows per block, CPU
+LONE_QUERIES = 4  # query rows from which on attention sums each in the same steps, CPU
 KV_BLOCK = 64  # the visible cache grows in steps of this many positions
 FP32_BLOCK = 8  # rows of every forward in fp32 on a CPU whose library takes no packed weights
 CUDA_BLOCK = 16  # rows of every forward on CUDA: one shape, one kernel choice
@@ -100,6 +101,8 @@ class TorchEngine(SlotEngine):
             self._norm = weights.norm.to(self._device, self._dtype)
             self._head = linear(weights.head, HEAD_OF.get(info.precision, info.precision), self._device)
             self._cos, self._sin = self._rotary_tables(info.max_context)
+            self._seen = torch.zeros(info.max_context + KV_BLOCK, dtype=self._dtype, device=self._device)
+            self._seen[info.max_context :] = float("-inf")  # any row's mask is a part of it
         if exact and self._device.type == "cuda":
             self._blocks = self._recorded(slots)
 
@@ -137,18 +140,20 @@ class TorchEngine(SlotEngine):
         )
 
     def _choose_shapes(self, exact: bool) -> None:
-        """Rows of a forward and queries of a block, by precision and device."""
-        self._exact = exact
+        """Rows of a forward, queries of a block, query heads of a lone row (0: it fills a block)."""
+        self._exact, self._lone = exact, 0
         self._blocks = None
         if not exact:
-            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, 0
+            self._min_rows, self._max_rows, self._query_block, self._lone = 1, PREFILL_ROWS, 0, 1
         elif self._device.type == "cuda":
             self._min_rows = self._max_rows = self._query_block = CUDA_BLOCK
         elif self.info.precision == "fp32" and not packs("fp32"):  # threads split products by their rows
             self._min_rows = self._max_rows = self._query_block = FP32_BLOCK
         else:
-            self._min_rows = 2 if self.info.precision in ("bf16", "fp32") else 1
-            self._max_rows, self._query_block = PREFILL_ROWS, QUERY_BLOCK
+            self._min_rows, self._max_rows, self._query_block = 1, PREFILL_ROWS, QUERY_BLOCK
+            group = self._shape.num_heads // self._shape.num_kv_heads
+            if group + self._shape.num_kv_heads >= LONE_QUERIES:  # its last group finds as many heads
+                self._lone = LONE_QUERIES
 
     def _begin_slots(self, slots: int) -> None:
         super()._begin_slots(slots)
@@ -240,24 +245,27 @@ class TorchEngine(SlotEngine):
         cos, sin = self._cos[index[1]], self._sin[index[1]]  # [R, 1, head_dim]
         x = F.embedding(index[0], self._embed)  # [R, e]
         if self._embed_proj is not None:
-            x = self._embed_proj(x)  # [R, d]
+            x = self._product(self._embed_proj, x)  # [R, d]
         plans = self._attention_plans(part)
         heads, kv_heads, head_dim = shape.num_heads, shape.num_kv_heads, shape.head_dim
         d, eps = (shape.hidden_size,), shape.rms_norm_eps
-        out = x.new_zeros(n + pad, heads * head_dim)  # padding rows stay 0
+        padding = [x.new_zeros(pad, heads * head_dim)] if pad else []
         for i, layer in enumerate(self._layers):
-            qkv = layer.qkv(F.rms_norm(x, d, layer.attn_norm, eps)).view(-1, heads + 2 * kv_heads, head_dim)
+            qkv = self._product(layer.qkv, F.rms_norm(x, d, layer.attn_norm, eps))
+            qkv = qkv.view(-1, heads + 2 * kv_heads, head_dim)
             qk, v = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
             qk = torch.addcmul(qk * cos, qk.roll(head_dim // 2, dims=-1), sin)  # rotary
+            out = []
             for slot, row, count, start, visible, mask in plans:
                 k_cache, v_cache = self._kv[slot][i]  # [kv_heads, context, head_dim]
                 rows = slice(row, row + count)
                 k_cache[:, start : start + count] = qk[rows, heads:].transpose(0, 1)
                 v_cache[:, start : start + count] = v[rows].transpose(0, 1)
-                out[rows] = self._attend(qk[rows, :heads], k_cache[:, :visible], v_cache[:, :visible], mask)
-            x = x + layer.o(out)
-            gate, up = layer.gate_up(F.rms_norm(x, d, layer.mlp_norm, eps)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
+                out.append(self._attend(qk[rows, :heads], k_cache[:, :visible], v_cache[:, :visible], mask))
+            out += padding
+            x = x + self._product(layer.o, out[0] if len(out) == 1 else torch.cat(out))
+            gate, up = self._product(layer.gate_up, F.rms_norm(x, d, layer.mlp_norm, eps)).chunk(2, dim=-1)
+            x = x + self._product(layer.down, F.silu(gate) * up)
         for slot, chunk_ids, _ in part:
             self._length[slot] += len(chunk_ids)
         return self._logits(x, part)
@@ -282,32 +290,46 @@ class TorchEngine(SlotEngine):
             return [torch.zeros(0) for _ in part]
         return [logits[max(0, a - first) : max(0, b - first)] for a, b in spans]
 
+    def _product(self, linear: Linear, x: torch.Tensor) -> torch.Tensor:
+        """`linear` of x [rows, in]; a lone row is computed twice where its kernel would sum it otherwise."""
+        if self._exact and x.shape[0] < linear.fewest:
+            return linear(torch.cat([x, x]))[:1]
+        return linear(x)
+
     def _attention_plans(
         self, part: list[tuple[int, list[int], int]]
     ) -> list[tuple[int, int, int, int, int, torch.Tensor]]:
         """Per run of rows: slot, first row, rows, first position, visible cache, additive mask of its blocks.
 
-        The mask is [blocks, 1, group · block, visible]: 0 where a query may look, -inf elsewhere.
         A run ends where the visible cache grows, so that its length, over which the kernel sums in steps
         of its own choice, is a function of the position alone and not of what is computed with it.
         """
         plans = []
         row = 0
-        group = self._shape.num_heads // self._shape.num_kv_heads
         for slot, start, count in self._runs(part):
             visible = min((start // KV_BLOCK + 1) * KV_BLOCK, self.info.max_context)
             visible = visible if self._exact else start + count
-            block = self._query_block or count
-            blocks = -(-count // block)
-            last = torch.arange(blocks * block, device=self._device).clamp_(max=count - 1) + start
-            look = torch.arange(visible, device=self._device) <= last[:, None]
-            mask = torch.zeros(look.shape, dtype=self._dtype, device=self._device)
-            mask.masked_fill_(~look, float("-inf"))
-            mask = mask.view(blocks, 1, 1, block, visible)
-            mask = mask.expand(-1, -1, group, -1, -1).reshape(blocks, 1, -1, visible)
-            plans.append((slot, row, count, start, visible, mask))
+            plans.append((slot, row, count, start, visible, self._mask(start, count, visible)))
             row += count
         return plans
+
+    def _mask(self, start: int, count: int, visible: int) -> torch.Tensor:
+        """0 where a query may look, -inf elsewhere: [blocks, 1, group · block, visible].
+
+        Of a lone row it is [1, 1, 1, visible], the same for all its heads.
+        """
+        if count == 1 and self._lone:
+            first = self.info.max_context - start - 1
+            return self._seen[first : first + visible].view(1, 1, 1, visible)
+        group = self._shape.num_heads // self._shape.num_kv_heads
+        block = self._query_block or count
+        blocks = -(-count // block)
+        last = torch.arange(blocks * block, device=self._device).clamp_(max=count - 1) + start
+        look = torch.arange(visible, device=self._device) <= last[:, None]
+        mask = torch.zeros(look.shape, dtype=self._dtype, device=self._device)
+        mask.masked_fill_(~look, float("-inf"))
+        mask = mask.view(blocks, 1, 1, block, visible)
+        return mask.expand(-1, -1, group, -1, -1).reshape(blocks, 1, -1, visible)
 
     def _runs(self, part: list[tuple[int, list[int], int]]) -> Iterator[tuple[int, int, int]]:
         """(slot, first position, rows) of each entry, cut at the multiples of KV_BLOCK."""
@@ -326,6 +348,12 @@ class TorchEngine(SlotEngine):
         count, heads, head_dim = q.shape
         kv_heads, blocks = k.shape[0], mask.shape[0]
         group = heads // kv_heads
+        if count == 1 and self._lone:
+            # a group that is too small takes in what lies behind it in memory: the next heads, or the keys
+            size = (1, kv_heads, max(group, self._lone), head_dim)
+            q = q.as_strided(size, (0, group * head_dim, head_dim, 1))
+            o = F.scaled_dot_product_attention(q, k[None], v[None], attn_mask=mask)
+            return o[:, :, :group].reshape(1, heads * head_dim)
         block = mask.shape[2] // group
         if blocks * block != count:
             q = F.pad(q, (0, 0, 0, 0, 0, blocks * block - count))
@@ -350,7 +378,7 @@ class TorchEngine(SlotEngine):
         pad = max(0, self._min_rows - len(wanted))
         chosen = x[torch.tensor(wanted + wanted[:1] * pad, device=self._device)]
         chosen = F.rms_norm(chosen, (self._shape.hidden_size,), self._norm, self._shape.rms_norm_eps)
-        logits = self._head(chosen)[: len(wanted)].float().cpu()
+        logits = self._product(self._head, chosen)[: len(wanted)].float().cpu()
         return list(logits.split([rows for _, _, rows in part]))
 
 

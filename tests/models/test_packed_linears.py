@@ -13,7 +13,6 @@ from dsdlab.models.weights_io import Matrix
 
 SHAPES = ((960, 576), (576, 1536), (48, 96), (1000, 64))
 ROWS = (1, 2, 3, 4, 5, 7, 8, 9, 16, 17, 31, 32, 33, 64, 128, 255, 256)
-FEWEST = 2  # rows of a forward that the engine asks of these kernels
 
 
 @pytest.fixture(params=[1, 2])
@@ -42,8 +41,10 @@ def test_a_row_is_the_same_among_any_number_of_rows(
     with torch.inference_mode():
         whole = apply(x)
         for rows in ROWS:
-            if rows >= FEWEST:
+            if rows >= apply.fewest:
                 assert torch.equal(apply(x[:rows]), whole[:rows])
                 assert torch.equal(apply(x[-rows:]), whole[-rows:])
+        if apply.fewest == 1:
+            assert torch.equal(torch.cat([apply(row[None]) for row in x]), whole)
         plain = torch.nn.functional.linear(x.double(), weight.to(dtype).double())
     assert float((whole.double() - plain).norm() / plain.norm()) < (1e-6 if precision == "fp32" else 3e-3)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_models import tiny_drafter, tiny_target
+from tiny_models import engine_of, tiny_drafter, tiny_target, write_tiny_llama
 
 from dsdlab.models.base import Chunk, Logits, NoFreeSlot
 from dsdlab.models.emulated import EmulatedEngine, EmulatedProfile
 from dsdlab.models.selftest import selftest
 from dsdlab.models.torch_engine import TorchEngine
+from dsdlab.models.weights_io import load_llama_dir
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int4"])
@@ -23,6 +25,28 @@ def test_the_exact_engine_passes(tmp_path: Path, precision: str) -> None:
     assert result.seconds > 0
     assert "batches of two sessions" in result.what
     assert "depths up to 512" in result.what
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("heads", [(4, 4), (2, 2), (8, 2), (6, 3)])
+def test_a_lone_row_has_the_bits_of_a_block(tmp_path: Path, precision: str, heads: tuple[int, int]) -> None:
+    """Its few query heads are filled up with others, whose number depends on the model's heads."""
+    folder = write_tiny_llama(tmp_path, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    assert selftest(engine_of(load_llama_dir(folder, ""), precision)).exact
+
+
+def test_lone_rows_whose_kernels_sum_otherwise_are_caught(tmp_path: Path) -> None:
+    """Too few query heads, or a product of one row where the library's takes two."""
+    engine = tiny_target(tmp_path / "a", "fp32")
+    engine._lone = 1
+    assert not selftest(engine).exact
+    folder = write_tiny_llama(tmp_path / "b", intermediate_size=1536)
+    engine = engine_of(load_llama_dir(folder, ""), "fp32")
+    assert selftest(engine).exact
+    if any(layer.down.fewest == 2 for layer in engine._layers):  # not on every processor
+        for layer in engine._layers:
+            layer.down = replace(layer.down, fewest=1)
+        assert not selftest(engine).exact
 
 
 def test_an_inexact_engine_is_caught(tmp_path: Path) -> None:
