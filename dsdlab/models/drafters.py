@@ -228,7 +228,8 @@ class PromptLookup(Drafter):
         longest = self._lengths[0]
         recent = (*ids[-longest:], *tail)[-longest:]
         for n in self._lengths:
-            if n <= len(recent) and (at := index.get(recent[-n:])) is not None:
+            at = index.get(recent[-n:], len(ids)) if n <= len(recent) else len(ids)
+            if at < len(ids):  # a text that was longer before may have left more
                 return at, n
         return len(ids), 0
 
