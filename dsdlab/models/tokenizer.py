@@ -35,6 +35,16 @@ CHAT_FORMS = (
 )
 
 
+PROBES = (
+    "The quick brown fox jumps over the lazy dog; it's 1,234.5 km away!",
+    "def f(x):\n    return {k: v**2 for k, v in x.items()}\n\n\tpass  # end",
+    " leading,  double   and trailing spaces  ",
+    "naïve Straße façade — “quotes” … 東京 Привет مرحبا 🙂👩‍🔬",
+    "<|im_start|>user\nHi<|im_end|>\n<bos><start_of_turn>user\nHi<end_of_turn>\n<s></s>",
+)
+"""Texts whose ids are part of a tokenizer's fingerprint."""
+
+
 class Tokenizer:
     """A fast tokenizer from `tokenizer.json`, with the chat form of its model.
 
@@ -47,13 +57,21 @@ class Tokenizer:
             self._backend = _Backend.from_file(str(path))
         except Exception as e:  # the library raises bare Exception for a missing or broken file
             raise ModelError(f"tokenizer file {path} cannot be read: {e}") from None
-        state = json.loads(self._backend.to_str())
-        canonical = json.dumps(
-            {"model": state["model"], "added": state.get("added_tokens")}, sort_keys=True, ensure_ascii=True
-        )
-        self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        self.fingerprint = self._fingerprint()
         self.vocab_size = self._backend.get_vocab_size()
         self._form = next((f for f in CHAT_FORMS if self._backend.token_to_id(f.marker) is not None), None)
+
+    def _fingerprint(self) -> str:
+        """Of what it does, not of how its file is written: libraries write the same tokenizer differently."""
+        merges = json.loads(self._backend.to_str())["model"].get("merges", [])
+        canonical = json.dumps(
+            [
+                sorted(self._backend.get_vocab(with_added_tokens=True).items()),
+                [m if isinstance(m, str) else " ".join(m) for m in merges],
+                [self.encode(text) for text in PROBES],
+            ]
+        )
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; markers written in the text are parsed as markers."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from tokenizers.pre_tokenizers import Split
 
 from dsdlab.models.tokenizer import Tokenizer
@@ -60,3 +62,26 @@ def test_a_turn_is_written_as_the_family_writes_it(
 def test_an_empty_prompt_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the prompt is empty"):
         tokenizer(tmp_path, *GEMMA).encode_chat(" \n")
+
+
+def test_the_fingerprint_is_of_what_a_tokenizer_does(tmp_path: Path) -> None:
+    """Not of how its file is written; other ids, merges or rules of splitting make another."""
+
+    def fingerprint(vocab: dict[str, int], merges: list[tuple[str, str]], split: str, **written: Any) -> str:
+        backend = Backend(BPE(vocab, merges, unk_token="?"))
+        backend.pre_tokenizer = Split(split, "isolated")
+        backend.add_special_tokens([AddedToken("<|im_start|>", special=True)])
+        state = json.loads(backend.to_str())
+        state["added_tokens"][0] |= written
+        file = tmp_path / "tokenizer.json"
+        file.write_text(json.dumps(state, indent=1))
+        return Tokenizer(file).fingerprint
+
+    letters = {c: i for i, c in enumerate(LETTERS)}
+    vocab = letters | {"th": len(letters), "he": len(letters) + 1}
+    merges = [("t", "h"), ("h", "e")]
+    usual = fingerprint(vocab, merges, " ")
+    assert fingerprint(vocab, merges, " ", normalized=True) == usual
+    assert fingerprint(vocab, merges[::-1], " ") != usual
+    assert fingerprint(vocab, merges, "h") != usual
+    assert fingerprint(letters | {"he": len(letters), "th": len(letters) + 1}, merges, " ") != usual
