@@ -1,7 +1,7 @@
 """The torch engine on a GPU: recorded blocks, the same calls one by one, the inexact path and transformers.
 
 Proves on the GPU at hand that the engine is exact, then times a token, windows, eight sessions at once and a
-prompt, interleaved. By default with random weights of the default target's shape, which time like its own.
+prompt, interleaved, with random weights of the default target's shape, which time like its own.
 Needs CUDA (`make bench-gpu`). Prints a table, into --out too.
 """
 

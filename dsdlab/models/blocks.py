@@ -55,7 +55,6 @@ class BlockForward:
         self.rows = rows
         self._eps, self._embed, self._embed_proj, self._layers = eps, embed, embed_proj, layers
         self._norm, self._head, self._tables = norm, head, tables
-        # zeros, not empty: what is masked is multiplied by 0, and 0 · NaN is NaN
         self._cache = embed.new_zeros(len(layers), 2, slots, kv_heads, *tables[0].shape)
         self._inputs = torch.zeros(3, rows, dtype=torch.long, device=embed.device)
         with torch.inference_mode():

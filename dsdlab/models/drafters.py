@@ -263,9 +263,10 @@ class LookupFirst(Drafter):
         self.name = LOOKUP_FIRST + model.name
         self.tokenizer = model.tokenizer
         self.model = model
-        self._lookup = PromptLookup(FIRST_LONGEST, min(FIRST_SHORTEST, FIRST_UNSAYABLE))
         said = model.engine.output_ids
         self._sayable = None if said is None else frozenset(said.tolist())
+        shortest = FIRST_SHORTEST if self._sayable is None else FIRST_UNSAYABLE
+        self._lookup = PromptLookup(FIRST_LONGEST, shortest)
         self._slots: dict[int, int] = {}
 
     def open(self) -> int:
